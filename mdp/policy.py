@@ -1,0 +1,262 @@
+r"""Stopping rules: one interface for the simulator, replay and live decoding.
+
+Before each draft step, the empty round included, the world shows the rule an `Observation` of the $k$
+candidates drafted so far and the rule says whether to stop. A stop sends all $k$ candidates to the target;
+a rule sees a candidate only after it is drafted, and a drafted candidate is always submitted. That is what
+keeps the output law equal to the target's: a rule that may look at a candidate and drop it biases it.
+
+A rule is a frozen dataclass whose `stop` uses Python operators only, so the same line runs on floats, on NumPy
+arrays with one entry per request, on jax arrays under `jit`, and on torch tensors. The five-line rule:
+
+    @dataclass(frozen=True)
+    class MinimumProb(Policy):
+        floor: float
+        needs = ("draft_prob",)
+        def stop(self, state, observation):
+            return state, (observation.num_candidates > 0) & (observation.draft_prob < self.floor)
+
+Where a world does not know the true survival it supplies an estimate from a *signal* (`mdp.fit.SignalModel`);
+the rule does not change. The world, not the rule, forces the stop at `max_candidates`, at the maximum length
+and after a drafted end-of-text token.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "SIGNALS",
+    "FixedLength",
+    "LookaheadThreshold",
+    "Observation",
+    "Oracle",
+    "Outcome",
+    "Policy",
+    "PolicySpec",
+    "RejectionThreshold",
+    "ThresholdTable",
+    "load_table",
+    "parse",
+]
+
+SIGNALS = ("token_accept_prob", "draft_prob", "top_prob", "entropy", "head")
+"""What may stand for acceptance on a trace; the first is a perfect acceptance head."""
+
+TIE = 1e-12
+"""Two survivals closer than this are the same product rounded differently; a tie continues."""
+
+MAX_TABLE_BYTES = 16 * 2**20
+
+
+class Observation(NamedTuple):
+    """What a rule may look at when k candidates are drafted. `None`: this world does not show it.
+
+    `draft_prob`, `top_prob`, `entropy`, `token_accept_prob` and `head` describe the last drafted candidate and
+    mean nothing at k = 0. `next_accepted` (would one more candidate be accepted, none rejected before?) is
+    clairvoyance: no live world has it.
+    """
+
+    num_candidates: Any
+    survival: Any = None
+    next_accept_prob: Any = None
+    regime: Any = None
+    token_accept_prob: Any = None
+    draft_prob: Any = None
+    top_prob: Any = None
+    entropy: Any = None
+    head: Any = None
+    next_accepted: Any = None
+
+
+class Outcome(NamedTuple):
+    """What verification revealed: candidates drafted in the round, and how many of them were accepted."""
+
+    num_drafted: Any
+    num_accepted: Any
+
+
+class Policy:
+    """Base of all rules. Subclasses are frozen dataclasses; every field is a number or an array."""
+
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Observation fields the rule reads, `num_candidates` apart."""
+
+    def init(self) -> Any:
+        """State at the start of a request."""
+        return ()
+
+    def stop(self, state: Any, observation: Observation) -> tuple[Any, Any]:
+        """Whether to stop drafting and verify; asked before each draft step, at k = 0 too."""
+        raise NotImplementedError
+
+    def end_round(self, state: Any, outcome: Outcome) -> Any:
+        """State after the round was verified."""
+        return state
+
+
+@dataclass(frozen=True)
+class FixedLength(Policy):
+    """Draft exactly `length` candidates: plain speculative decoding (Leviathan et al. 2023, Chen et al. 2023)."""
+
+    length: int
+
+    def stop(self, state, observation):
+        return state, observation.num_candidates >= self.length
+
+
+@dataclass(frozen=True)
+class RejectionThreshold(Policy):
+    """Stop iff 1 - S_k > threshold: the rule of SpecDec++ without its bounds on the candidate count."""
+
+    threshold: float
+    needs = ("survival",)
+
+    def stop(self, state, observation):
+        return state, 1.0 - observation.survival > self.threshold + TIE
+
+
+@dataclass(frozen=True)
+class LookaheadThreshold(Policy):
+    r"""Stop iff $1 - S_k \bar a > $ threshold, $\bar a$ the next candidate's acceptance probability."""
+
+    threshold: float
+    needs = ("survival", "next_accept_prob")
+
+    def stop(self, state, observation):
+        return state, 1.0 - observation.survival * observation.next_accept_prob > self.threshold + TIE
+
+
+@dataclass(frozen=True)
+class ThresholdTable(Policy):
+    """Continue iff S_k >= survival_threshold[k, regime]; the form of every optimal policy (theory, F1).
+
+    `survival_threshold` has shape [K, Z]; inf means stop at every survival. With Z = 1 the regime is not read.
+    """
+
+    survival_threshold: np.ndarray = field(hash=False)
+    needs = ("survival", "regime")
+
+    def stop(self, state, observation):
+        regime = 0 if self.survival_threshold.shape[1] == 1 else observation.regime
+        threshold = self.survival_threshold[observation.num_candidates, regime]
+        return state, observation.survival < threshold - TIE
+
+
+@dataclass(frozen=True)
+class Oracle(Policy):
+    """Draft exactly what will be accepted: the paper's oracle. A bracket, not a policy anyone can run."""
+
+    needs = ("next_accepted",)
+
+    def stop(self, state, observation):
+        return state, observation.next_accepted == 0
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A parsed policy string: the rule, the text as typed, and on traces the signal that feeds it."""
+
+    text: str
+    policy: Policy | None
+    signal: str | None = None
+
+    @property
+    def solves(self) -> bool:
+        """True for a bare `optimal`: the rule is the solution of the problem at hand."""
+        return self.policy is None
+
+
+def load_table(path: str | Path) -> ThresholdTable:
+    """Read the policy from a saved solution: one JSON line of `specstop solve --json`.
+
+    Raises:
+        ValueError: if the file is no such solution; the message names the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"policy: no such solution file: {path}")
+    if path.stat().st_size > MAX_TABLE_BYTES:
+        raise ValueError(f"policy: {path}: larger than {MAX_TABLE_BYTES} bytes")
+    try:
+        rows = json.loads(path.read_text())["survival_threshold"]
+        table = np.array([[np.inf if cell is None else cell for cell in row] for row in rows], dtype=float)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"policy: {path}: not a saved solution (one line of solve --json)") from error
+    if table.ndim != 2 or table.size == 0 or np.isnan(table).any() or (table < 0).any():
+        raise ValueError(f"policy: {path}: survival_threshold must be K rows of Z numbers >= 0 or null")
+    return ThresholdTable(table)
+
+
+def parse(text: str) -> PolicySpec:
+    """Read a policy string such as `fixed:4`, `rejection:0.4`, `lookahead:0.5,signal=entropy`, `optimal`.
+
+    A bare `optimal` comes back unsolved (`spec.solves`): whoever holds the problem fills in its table.
+
+    Raises:
+        ValueError: one line that names the string, the value and what is allowed.
+    """
+    name, _, rest = text.partition(":")
+    positional, options = [], {}
+    for part in rest.split(",") if rest else []:
+        key, equals, value = part.partition("=")
+        if equals and key.isidentifier():
+            if key in options:
+                raise ValueError(f"policy {text!r}: {key} is given twice")
+            options[key] = value
+        else:
+            positional.append(part)
+    if name not in _RULES:
+        raise ValueError(f"policy {text!r}: unknown rule {name!r}; choose from {', '.join(_RULES)}")
+    rule = _RULES[name]
+    signal = options.pop("signal", None)
+    if signal is not None and (not rule.takes_signal or signal not in SIGNALS):
+        allowed = f"one of {', '.join(SIGNALS)}" if rule.takes_signal else "not taken by this rule"
+        raise ValueError(f"policy {text!r}: signal={signal}: {allowed}")
+    if options:
+        raise ValueError(f"policy {text!r}: unknown parameter {next(iter(options))!r}")
+    if not rule.min_args <= len(positional) <= rule.max_args:
+        raise ValueError(f"policy {text!r}: expected {rule.usage}")
+    return PolicySpec(text, rule.build(text, *positional), signal)
+
+
+def _number(text: str, value: str, kind: type, low: float, high: float, what: str) -> Any:
+    try:
+        number = kind(value)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise ValueError(f"policy {text!r}: {what}, got {value!r}")
+    return number
+
+
+class _Rule(NamedTuple):
+    usage: str
+    build: Any
+    min_args: int
+    max_args: int
+    takes_signal: bool
+
+
+def _fixed(text: str, value: str) -> Policy:
+    return FixedLength(_number(text, value, int, 0, 1024, "length must be a whole number in 0..1024"))
+
+
+def _threshold(cls: type) -> Any:
+    def build(text: str, value: str) -> Policy:
+        return cls(_number(text, value, float, 0.0, 1.0, "threshold must be a number in [0, 1]"))
+
+    return build
+
+
+_RULES = {
+    "fixed": _Rule("fixed:K", _fixed, 1, 1, False),
+    "rejection": _Rule("rejection:h", _threshold(RejectionThreshold), 1, 1, True),
+    "lookahead": _Rule("lookahead:h", _threshold(LookaheadThreshold), 1, 1, True),
+    "optimal": _Rule(
+        "optimal or optimal:FILE", lambda text, file=None: load_table(file) if file else None, 0, 1, True
+    ),
+    "oracle": _Rule("oracle", lambda text: Oracle(), 0, 0, False),
+}
