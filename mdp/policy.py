@@ -255,8 +255,6 @@ _RULES = {
     "fixed": _Rule("fixed:K", _fixed, 1, 1, False),
     "rejection": _Rule("rejection:h", _threshold(RejectionThreshold), 1, 1, True),
     "lookahead": _Rule("lookahead:h", _threshold(LookaheadThreshold), 1, 1, True),
-    "optimal": _Rule(
-        "optimal or optimal:FILE", lambda text, file=None: load_table(file) if file else None, 0, 1, True
-    ),
+    "optimal": _Rule("optimal or optimal:FILE", lambda text, file=None: load_table(file) if file else None, 0, 1, True),
     "oracle": _Rule("oracle", lambda text: Oracle(), 0, 0, False),
 }

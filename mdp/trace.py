@@ -3,8 +3,8 @@ r"""The coupled trace of a draft/target pair: everything any stopping rule can m
 For each request the target's own continuation $x_1..x_n$ is recorded. At position $j$, with $q, p$ the draft's and
 target's next-token laws after $x_{<j}$ (both warped alike), the draft's token $y_j$ is drawn from the maximal
 coupling given $x_j$: $y_j = x_j$ with probability $\min(1, q(x_j)/p(x_j))$, else $y_j \sim (q - p)^+$ normalised.
-Then $y_j \sim q$, $y_j = x_j$ is exactly "accepted", and after a rejection $x_j$ is the correction. What the draft would
-go on to draft after an unseen rejection depends on $j$ alone: the *divergent rollout*, recorded once per failed
+Then $y_j \sim q$, $y_j = x_j$ is exactly "accepted", and after a rejection $x_j$ is the correction. What the draft
+would go on to draft after an unseen rejection depends on $j$ alone: the *divergent rollout*, recorded once per failed
 position. So any rule is replayed exactly, with no model call (`simulate.replay`).
 
 Layout. Positions of all requests are concatenated: request r owns positions `offsets[r]:offsets[r+1]`. Rollout steps
@@ -109,9 +109,7 @@ class Trace:
 
         manifest = self.manifest
         depth = manifest.get("max_candidates")
-        need(
-            isinstance(depth, int) and 1 <= depth <= 1024, f"max_candidates must be in 1..1024, got {depth!r}"
-        )
+        need(isinstance(depth, int) and 1 <= depth <= 1024, f"max_candidates must be in 1..1024, got {depth!r}")
         offsets, total = self.offsets, self.num_positions
         lengths = np.diff(offsets)
         need(offsets[0] == 0 and (lengths >= 1).all(), "offsets must start at 0 and increase")
@@ -150,9 +148,7 @@ class Trace:
         return self
 
 
-def _check_features(
-    need: Any, arrays: Mapping[str, np.ndarray], size: int, prefix: str, keys: Iterable[str]
-) -> None:
+def _check_features(need: Any, arrays: Mapping[str, np.ndarray], size: int, prefix: str, keys: Iterable[str]) -> None:
     for key in keys:
         need(key in arrays, f"{prefix}{key} is missing")
         array, (low, high) = arrays[key], FEATURES[key]
@@ -234,9 +230,9 @@ def load(folder: str | Path) -> Trace:
     if not parts:
         raise ValueError(f"{path}: the trace has no shards")
     try:
-        return _concatenate(
-            [_read_shard(folder / name, digest) for name, digest in parts], manifest
-        ).validate(str(folder))
+        return _concatenate([_read_shard(folder / name, digest) for name, digest in parts], manifest).validate(
+            str(folder)
+        )
     except KeyError as error:
         raise ValueError(f"{folder}: the trace lacks {error.args[0]}") from error
 

@@ -1,0 +1,171 @@
+r"""Acceptance processes: how likely the next candidate is accepted, and what the stopper sees of it.
+
+Candidate $i$ of a round is accepted with probability $a_i$ given that all earlier ones were. A process lowers to a
+`FiniteChain`: regimes $z_0, z_1, \dots$ with $z_i \sim P(z_{i-1}, \cdot)$ and $a_i = a_i(z_i)$. The regime follows the
+draft's own law whether or not an earlier candidate was rejected unseen, and acceptances are independent given
+the regimes; $a(z_0)$ is never read.
+
+A process is a plain frozen dataclass, checked when made. Its field names are those of the problem file.
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+__all__ = ["IID", "AcceptanceProcess", "FiniteChain", "MarkovModulated", "Position", "distribution", "probabilities"]
+
+ROW_SUM_TOLERANCE = 1e-8
+MAX_REGIMES = 4096
+
+
+class FiniteChain(NamedTuple):
+    """A process lowered to arrays: `transition` [Z, Z], `accept_prob` [K, Z] per depth, `initial` [Z]."""
+
+    transition: Float[np.ndarray, "Z Z"]
+    accept_prob: Float[np.ndarray, "K Z"]
+    initial: Float[np.ndarray, " Z"]
+
+
+def probabilities(name: str, value: object, ndim: int) -> np.ndarray:
+    """Return `value` as a float64 array of probabilities with `ndim` axes.
+
+    Raises:
+        ValueError: naming the field, the first bad value and what is allowed.
+    """
+    shape = ("a number", "a list of numbers", "a list of equally long lists of numbers")[ndim]
+    try:
+        array = np.asarray(value)
+        if _holds_bool(value) or array.dtype.kind not in "fiu" or array.ndim != ndim or array.size == 0:
+            raise ValueError
+        array = array.astype(np.float64)
+    except ValueError:
+        raise ValueError(f"{name}: must be {shape}, got {_short(value)}") from None
+    bad = array[~((array >= 0) & (array <= 1))]
+    if bad.size:
+        raise ValueError(f"{name}: must lie in [0, 1], got {bad.flat[0]:g}")
+    return array
+
+
+def distribution(name: str, value: object, ndim: int) -> np.ndarray:
+    """Return probabilities whose last axis sums to 1 within 1e-8, normalised.
+
+    Raises:
+        ValueError: as `probabilities`, or if a row sums to something else.
+    """
+    array = probabilities(name, value, ndim)
+    sums = array.sum(axis=-1, keepdims=True)
+    off = np.abs(sums - 1) > ROW_SUM_TOLERANCE
+    if off.any():
+        row = f" row {int(np.argmax(off))}" if ndim == 2 else ""
+        raise ValueError(f"{name}:{row} must sum to 1 within {ROW_SUM_TOLERANCE:g}, sums to {sums[off][0]:.10g}")
+    return array / sums
+
+
+def _holds_bool(value: object) -> bool:
+    """Whether a (nested) list holds a boolean, which NumPy would quietly turn into 0 or 1."""
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_bool, value)))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+class AcceptanceProcess:
+    """Base of all processes; `kind` is the name in the problem file."""
+
+    kind: ClassVar[str]
+
+    @property
+    def num_regimes(self) -> int:
+        """Z, the number of regimes the stopper can tell apart."""
+        return 1
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        """The process as arrays for rounds of at most `max_candidates` candidates.
+
+        Raises:
+            ValueError: if the process does not fit that many.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class IID(AcceptanceProcess):
+    r"""$a_i = \alpha$: the model of Leviathan et al. (2023), with $E[\text{emitted}] = (1-\alpha^{K+1})/(1-\alpha)$."""
+
+    accept_prob: float
+    kind = "iid"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "accept_prob", float(probabilities("acceptance.accept_prob", self.accept_prob, 0)))
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        one = np.ones((1, 1))
+        return FiniteChain(one, np.full((max_candidates, 1), self.accept_prob), one[0])
+
+
+@dataclass(frozen=True)
+class Position(AcceptanceProcess):
+    r"""$a_i$ depends on the candidate's place in the round only: one number per place, exactly K of them."""
+
+    accept_prob: np.ndarray = field(hash=False)
+    kind = "position"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "accept_prob", probabilities("acceptance.accept_prob", self.accept_prob, 1))
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        if len(self.accept_prob) != max_candidates:
+            raise ValueError(
+                f"acceptance.accept_prob: must have max_candidates = {max_candidates} entries, "
+                f"got {len(self.accept_prob)}"
+            )
+        one = np.ones((1, 1))
+        return FiniteChain(one, self.accept_prob[:, None], one[0])
+
+
+@dataclass(frozen=True)
+class MarkovModulated(AcceptanceProcess):
+    r"""Visible regimes $z_i \sim P(z_{i-1}, \cdot)$ with $a_i = a(z_i)$; $z_0 \sim$ `initial` is the round's start.
+
+    Candidate 1's regime is drawn from `transition[z0]`, so $a(z_0)$ is never read.
+    """
+
+    transition: np.ndarray = field(hash=False)
+    accept_prob: np.ndarray = field(hash=False)
+    initial: np.ndarray = field(hash=False)
+    kind = "markov_modulated"
+
+    def __post_init__(self) -> None:
+        accept_prob = probabilities("acceptance.accept_prob", self.accept_prob, 1)
+        size = len(accept_prob)
+        if size > MAX_REGIMES:
+            raise ValueError(f"acceptance.accept_prob: at most {MAX_REGIMES} regimes, got {size}")
+        transition = square("acceptance.transition", self.transition, size)
+        initial = distribution("acceptance.initial", self.initial, 1)
+        if len(initial) != size:
+            raise ValueError(f"acceptance.initial: must have {size} entries, got {len(initial)}")
+        for name, value in (("accept_prob", accept_prob), ("transition", transition), ("initial", initial)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def num_regimes(self) -> int:
+        return len(self.accept_prob)
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        return FiniteChain(self.transition, np.tile(self.accept_prob, (max_candidates, 1)), self.initial)
+
+
+def square(name: str, value: object, size: int) -> np.ndarray:
+    """Return a row-stochastic [size, size] matrix.
+
+    Raises:
+        ValueError: as `distribution`, or if the shape is another.
+    """
+    array = distribution(name, value, 2)
+    if array.shape != (size, size):
+        raise ValueError(f"{name}: must be {size} x {size}, got {array.shape[0]} x {array.shape[1]}")
+    return array
