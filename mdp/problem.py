@@ -4,8 +4,8 @@ Coupling says where the next round starts. *Renewal*: $z_0 \sim$ `initial`, afre
 drawn from `rejection[z_i]` if candidate $i$ was the first one rejected, from `bonus[z_k]` if all $k$ were accepted
 (`bonus[z_0]` for $k = 0$). A persistent problem must be *communicating*: from every start regime reachable from
 `initial` every other one can be reached under some actions. Then the best throughput depends on neither the start
-nor `initial`. Persistent problems also need $T(k) = k t_d + V(k)$ non-decreasing, the condition under which the optimal policy is a
-threshold in survival for each (k, z) (theory, F1); renewal problems take any positive times.
+nor `initial`. Persistent problems also need $T(k) = k t_d + V(k)$ non-decreasing, the condition under which the
+optimal policy is a threshold in survival for each (k, z) (theory, F1); renewal problems take any positive times.
 
 Solvers, evaluation and the simulator see only `FiniteProblem`, never which process or cost it came from.
 """
