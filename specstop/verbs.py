@@ -1,0 +1,178 @@
+"""What each verb does. A verb checks its input, works, prints, and returns the exit code; it holds no algorithm.
+
+Every function takes the parsed arguments. Heavy modules are imported where they are used: what needs no jax does not
+pay for it.
+"""
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from specstop import inputs
+from specstop.output import emit, json_line, key_values, table
+
+__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
+
+DONE, NOT_CONVERGED = 0, 3
+
+POLICY_COLUMNS = (
+    "policy", "throughput", "throughput_se", "throughput_interval", "speedup", "block_efficiency",
+    "verification_rate", "discard_rate", "mean_candidates", "gap",
+)  # fmt: skip
+
+
+def solve(args: Namespace) -> int:
+    """Optimal policy and bounds, one result a file, in order."""
+    problems = inputs.read_problems(args.problems)
+    code = DONE
+    for path, problem in zip(args.problems, problems, strict=True):
+        solution = _solve(problem, args)
+        result = solution.to_dict()
+        emit(json_line(result) if args.json else _solution_text(path, result, str(solution.status.value)))
+        if result["status"] != "successful":
+            code = NOT_CONVERGED
+    return code
+
+
+def _solve(problem: Any, args: Namespace) -> Any:
+    from mdp.solve import solve
+
+    limits = {"max_knots": args.max_knots} if getattr(args, "max_knots", None) else {}
+    return solve(problem, tol=getattr(args, "tol", 1e-6), **limits)
+
+
+def _solution_text(path: str, result: Mapping[str, Any], advice: str) -> str:
+    scalars = {key: value for key, value in result.items() if key != "survival_threshold"}
+    rows = [
+        {"k": k} | {f"regime {z}": "stop" if cell is None else cell for z, cell in enumerate(row)}
+        for k, row in enumerate(result["survival_threshold"])
+    ]
+    thresholds = "draft candidate k + 1 iff survival >= threshold:\n" + table(rows)
+    return "\n\n".join(
+        ["\n".join(filter(None, (path, key_values(scalars), advice and f"not converged: {advice}"))), thresholds]
+    ) + ("\n" if len(rows) > 1 else "")
+
+
+def evaluate(args: Namespace) -> int:
+    """The exact value of each policy, and its gap to the optimum."""
+    (problem,) = inputs.read_problems([args.problem])
+    specs = inputs.read_policies(args.policies, problem)
+    solution = _solve(problem, args)
+
+    from mdp.evaluate import evaluate
+
+    results = [
+        {**evaluate(problem, spec.policy or solution.policy, solution=solution).to_dict(), "policy": spec.text}
+        for spec in specs
+    ]
+    _print_policies(results, args.json)
+    return _code(solution)
+
+
+def _print_policies(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
+    if as_json:
+        for row in rows:
+            emit(json_line(row))
+    else:
+        emit(_policy_table(rows))
+
+
+def _policy_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    return table(rows, [column for column in POLICY_COLUMNS if any(column in row for row in rows)])
+
+
+def _code(*solutions: Any) -> int:
+    return DONE if all(solution is None or solution.status.name == "successful" for solution in solutions) else 3
+
+
+def simulate(args: Namespace) -> int:
+    """Monte Carlo of policies that meet the same coins."""
+    (problem,) = inputs.read_problems([args.problem])
+    specs = inputs.read_policies(args.policies, problem)
+    solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
+
+    import jax
+    from simulate.rounds import simulate
+
+    with jax.enable_x64(True):  # without it seeds 2**32 apart would be the same key
+        key = jax.random.key(args.seed)
+    chosen = [spec.policy or solution.policy for spec in specs]  # type: ignore[union-attr]
+    result = simulate(problem, chosen, rounds=args.rounds, key=key).to_dict()
+    _print_comparison(result | {"seed": args.seed}, args)
+    return _code(solution)
+
+
+def replay(args: Namespace) -> int:
+    """Policies on a recorded trace."""
+    specs = inputs.read_policies(args.policies)
+    cost = None if args.cost is None else inputs.declared_cost(args.cost)
+
+    from simulate.replay import replay
+
+    from mdp.trace import load
+
+    result = replay(load(args.trace), [spec.text for spec in specs], cost=cost, level=args.level)
+    _print_comparison(result.to_dict(), args)
+    return DONE
+
+
+def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
+    if args.json:
+        emit(json_line(result))
+        return
+    rows, differences = result["policies"], result["differences"]
+    about = {key: value for key, value in result.items() if not isinstance(value, (list, dict))}
+    parts = [key_values(about), _policy_table(rows)]
+    if differences:
+        parts.append(table(differences))
+    emit("\n\n".join(parts))
+
+
+def record(args: Namespace) -> int:
+    """Run a real pair over prompts and write the trace."""
+    raise NotImplementedError
+
+
+def decode(args: Namespace) -> int:
+    """Decode one prompt with a real pair under a policy."""
+    raise NotImplementedError
+
+
+def demo(args: Namespace) -> int:
+    """The main job end to end."""
+    from specstop.demo import run
+
+    result = run(args.out, quick=args.quick)
+    if args.json and isinstance(result, Mapping):
+        emit(json_line(result))
+    return DONE
+
+
+def schema(args: Namespace) -> int:
+    """Every kind and key of the problem file."""
+    from mdp.problem import schema
+
+    known = schema()
+    if args.json:
+        emit(json_line(known))
+        return DONE
+    rows = [
+        {"part": part, "kind": kind, "keys": ", ".join(keys) or "-"}
+        for part, kinds in known.items()
+        if isinstance(kinds, Mapping)
+        for kind, keys in kinds.items()
+    ]
+    low, high = known["max_candidates"]
+    emit(f"{table(rows)}\n\nmax_candidates: a whole number in {low}..{high}")
+    return DONE
+
+
+def policies(args: Namespace) -> int:
+    """The stopping rules, one line each."""
+    rows = inputs.describe_rules()
+    if args.json:
+        for row in rows:
+            emit(json_line(row))
+    else:
+        emit(table(rows))
+    return DONE
