@@ -120,6 +120,10 @@ class Trace:
         need((lengths <= self.limit).all(), "a path is longer than its limit")
         short = (lengths < self.limit) & ~self.ends
         need(not short.any(), "a path ends before its limit without an end-of-text token")
+        kept_end, last = self.accepted & self.drafts_end, np.zeros(total, dtype=bool)
+        last[offsets[1:] - 1] = self.ends
+        need(not (kept_end & ~last).any(), "an accepted end-of-text token is not the end of its path")
+        need(not (last & self.accepted & ~kept_end).any(), "a path's end was accepted but is not marked in drafts_end")
         _check_features(need, self.features, total, "", FEATURES)
         certain = self.features["token_accept_prob"] <= 0
         need(not (self.accepted & certain).any(), "accepted where token_accept_prob is 0")

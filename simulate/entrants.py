@@ -1,0 +1,101 @@
+"""What enters a comparison: policy strings, `PolicySpec`s or rules of one's own, checked against the world.
+
+The simulator and replay take the same things as policies and refuse the same things, in one line each; so that is
+written once, here. A table with fewer rows than the world's `max_candidates` stops where its rows end.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields, is_dataclass
+
+import numpy as np
+
+from mdp.policy import (
+    FixedLength,
+    LookaheadThreshold,
+    Observation,
+    Oracle,
+    Policy,
+    PolicySpec,
+    RejectionThreshold,
+    ThresholdTable,
+    parse,
+)
+
+__all__ = ["fit_depth", "label", "needs", "read"]
+
+
+def read(policies: Iterable[str | Policy | PolicySpec]) -> list[PolicySpec]:
+    """Policies of any kind as specs, in order.
+
+    Raises:
+        ValueError: if there are none, or one of them is no policy.
+    """
+    if isinstance(policies, str):
+        raise ValueError(f"policies: must be a list of policies, got the string {policies!r}")
+    specs = []
+    for policy in policies:
+        if isinstance(policy, str):
+            specs.append(parse(policy))
+        elif isinstance(policy, PolicySpec):
+            specs.append(policy)
+        elif isinstance(policy, Policy) and is_dataclass(policy):
+            specs.append(PolicySpec(label(policy), policy))
+        else:
+            raise ValueError(
+                f"policies: must be policy strings or frozen dataclasses of mdp.policy, got {policy!r:.60}"
+            )
+    if not specs:
+        raise ValueError("policies: at least one is needed")
+    return specs
+
+
+def label(policy: Policy) -> str:
+    """A short name: the policy string where there is one."""
+    match policy:
+        case FixedLength():
+            return f"fixed:{policy.length}"
+        case RejectionThreshold():
+            return f"rejection:{policy.threshold:g}"
+        case LookaheadThreshold():
+            return f"lookahead:{policy.threshold:g}"
+        case Oracle():
+            return "oracle"
+        case ThresholdTable():
+            return "table"
+    values = ", ".join(f"{f.name}={getattr(policy, f.name)!r:.20}" for f in fields(policy))  # type: ignore[arg-type]
+    return f"{type(policy).__name__}({values})"
+
+
+def needs(policy: Policy) -> frozenset[str]:
+    """Observation fields the rule reads; a one-column table does not read the regime.
+
+    Raises:
+        ValueError: if it declares a field no observation has.
+    """
+    wanted = frozenset(policy.needs)
+    unknown = wanted.difference(Observation._fields)
+    if unknown:
+        raise ValueError(f"policy {label(policy)!r} needs {min(unknown)}, which is no field of an observation")
+    if isinstance(policy, ThresholdTable) and policy.survival_threshold.shape[1] == 1:
+        wanted = wanted - {"regime"}
+    return wanted
+
+
+def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int) -> Policy:
+    """The rule for rounds of at most `max_candidates`, with a table's missing rows filled by "stop".
+
+    Raises:
+        ValueError: if the rule is made for longer rounds, or a table for another number of regimes.
+    """
+    if isinstance(policy, FixedLength) and policy.length > max_candidates:
+        raise ValueError(f"policy {text!r}: length must be in 0..{max_candidates} here (max_candidates)")
+    if not isinstance(policy, ThresholdTable):
+        return policy
+    rows, columns = policy.survival_threshold.shape
+    if rows > max_candidates:
+        raise ValueError(f"policy {text!r}: its table has {rows} rows, rounds here hold at most {max_candidates}")
+    if columns not in (1, num_regimes):
+        expected = "one column" if num_regimes == 1 else f"1 or {num_regimes} columns"
+        raise ValueError(f"policy {text!r}: its table must have {expected} here (regimes), it has {columns}")
+    stop = np.full((max_candidates - rows, columns), np.inf)
+    return ThresholdTable(np.concatenate([policy.survival_threshold, stop]))

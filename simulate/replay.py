@@ -1,0 +1,315 @@
+r"""Any stopping rule on a recorded trace, exactly and with no model call.
+
+The trace (`mdp.trace`) holds everything a rule can meet, so replay only walks it. A round starts at cursor $s$ of a
+request (tokens emitted so far) and may draft up to $\min(K, \text{limit} - s - 1)$ candidates. Before each draft step,
+the empty round included, the rule is asked; it sees features of the candidates drafted so far, never a flag, a token
+of the text or the next draw. Candidate $k$ is the drafted token at position $s + k - 1$ as long as no earlier one
+failed, afterwards a step of the failed position's divergent rollout. A drafted end-of-text forces the stop.
+
+Verification then reveals the first failure. If there is one, the text's own token there is the correction; if not, the
+text's next token is the bonus, except behind an accepted end-of-text: no bonus, one cut token. The cursor moves
+behind the last emitted token, the rule's state is told the outcome, and the next round starts.
+
+Each draw of the trace is used at most once per policy, so the replayed run has the law of a live one (theory, §4),
+and all policies of one replay meet the same draws. The loop is over rounds and depth; requests are array entries.
+Without rollouts a round past a failure is assumed to go on to its end: nothing is known of an end-of-text there.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mdp.cost import Cost, Table
+from mdp.fit import PERFECT, SignalModel, SignalState, fit_signal, position_signal, split_requests
+from mdp.metrics import Tally
+from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
+from mdp.trace import FEATURES, Trace
+from simulate import entrants
+from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
+
+__all__ = ["RoundLog", "replay", "replay_rounds"]
+
+SIGNAL_FIELDS = frozenset({"survival", "next_accept_prob", "regime"})
+CHAIN_FIELDS = frozenset({"next_accept_prob", "regime"})
+RAW_FIELDS = frozenset(Observation._fields) & {*FEATURES, "head"}
+
+
+@dataclass(frozen=True, eq=False)
+class RoundLog:
+    """Every round of a replay, sorted by request and start; one array entry a round.
+
+    Attributes:
+        request: index of the request in the trace.
+        start: tokens the request had emitted when the round began.
+        num_drafted, num_accepted, num_emitted, num_cut: the round's counts.
+    """
+
+    request: Int[np.ndarray, " n"]
+    start: Int[np.ndarray, " n"]
+    num_drafted: Int[np.ndarray, " n"]
+    num_accepted: Int[np.ndarray, " n"]
+    num_emitted: Int[np.ndarray, " n"]
+    num_cut: Int[np.ndarray, " n"]
+
+    def tally(self, round_times: Float[np.ndarray, " K+1"], requests: Int[np.ndarray, " r"]) -> Tally:
+        """Sums per request, in the order of `requests` (ascending)."""
+        row = np.searchsorted(requests, self.request)
+
+        def total(values: np.ndarray) -> np.ndarray:
+            out = np.zeros(len(requests), dtype=values.dtype)
+            np.add.at(out, row, values)
+            return out
+
+        return Tally(
+            num_target_calls=total(np.ones_like(self.request)),
+            num_drafted=total(self.num_drafted),
+            num_emitted=total(self.num_emitted),
+            num_discarded=total(self.num_drafted - self.num_accepted),
+            num_cut=total(self.num_cut),
+            time=total(round_times[self.num_drafted]),
+        )
+
+
+@dataclass(frozen=True)
+class _Contender:
+    """A policy made ready for one trace: its rule (None until the chain is solved) and the signal it reads."""
+
+    spec: PolicySpec
+    needs: frozenset[str]
+    signal: str | None
+
+    @property
+    def fitted(self) -> bool:
+        return self.signal is not None and (self.signal != PERFECT or bool(self.needs & CHAIN_FIELDS))
+
+
+def replay(
+    trace: Trace, policies: Iterable[str | Policy | PolicySpec], *, cost: Cost | None = None, level: float = 0.95
+) -> TraceComparison:
+    """What each policy would have earned on the trace; all are scored on the same requests.
+
+    Args:
+        trace: a recorded pair.
+        policies: policy strings, or rules of one's own.
+        cost: declared times; None takes the times measured with the trace.
+        level: of the throughput intervals.
+
+    Raises:
+        ValueError: if the trace lacks what a policy needs, or its measured times; one line.
+    """
+    interval(ratio(np.ones(1), np.ones(1)), 1, level)  # refuses a bad level before any work
+    origin = "measured" if cost is None else "declared"
+    cost = _measured(trace) if cost is None else cost
+    verify_time = cost.verify_times(trace.max_candidates)
+    contenders = [_contender(trace, spec) for spec in entrants.read(policies)]
+    requests, models = np.arange(trace.num_requests), {None: None, PERFECT: SignalModel()}
+    split = any(contender.fitted for contender in contenders)
+    if split:
+        train, requests = split_requests(trace)
+        models |= {c.signal: fit_signal(trace, c.signal, train) for c in contenders if c.fitted and c.signal}
+    ready = [(c, _rule(trace, c, models[c.signal], cost)) for c in contenders]
+    results = tuple(
+        PolicyResult(
+            contender.spec.text,
+            _walk(trace, rule, contender.needs, models[contender.signal], requests).tally(
+                cost.round_times(trace.max_candidates), requests
+            ),
+            plain_time=float(verify_time[0]),
+            signal=contender.signal,
+        )
+        for contender, rule in ready
+    )
+    return TraceComparison(
+        policies=results,
+        seed=trace.manifest.get("seed"),
+        draft_time=float(cost.draft_time),
+        verify_time=tuple(map(float, verify_time)),
+        cost_origin=origin,
+        scored_on="test half" if split else "all",
+        level=level,
+    )
+
+
+def replay_rounds(
+    trace: Trace,
+    policy: str | Policy | PolicySpec,
+    *,
+    cost: Cost | None = None,
+    model: SignalModel | None = None,
+    requests: Sequence[int] | None = None,
+) -> RoundLog:
+    """The rounds one policy plays on the trace, for comparison with a live run round by round.
+
+    Args:
+        trace: a recorded pair.
+        policy: as in `replay`.
+        cost: the times that a bare `optimal` is solved for; None takes the measured ones.
+        model: the signal's model, so that replay and live run read it alike; None fits it on the training half.
+        requests: indices of the requests to play; None plays all of them.
+
+    Raises:
+        ValueError: as `replay`.
+    """
+    contender = _contender(trace, entrants.read([policy])[0])
+    if model is not None and contender.signal is not None:
+        contender = replace(contender, signal=model.signal)
+    elif contender.fitted:
+        model = fit_signal(trace, str(contender.signal), split_requests(trace)[0])
+    elif contender.signal is not None:
+        model = SignalModel()
+    if contender.spec.solves and cost is None:
+        cost = _measured(trace)
+    chosen = np.arange(trace.num_requests) if requests is None else np.unique(np.asarray(requests, dtype=np.int64))
+    return _walk(trace, _rule(trace, contender, model, cost), contender.needs, model, chosen)
+
+
+def _measured(trace: Trace) -> Cost:
+    measured = trace.manifest.get("measured") or {}
+    if measured.get("draft_time") is None or measured.get("verify_time") is None:
+        raise ValueError("trace: it holds no measured times; declare a cost")
+    return Table(measured["draft_time"], measured["verify_time"])
+
+
+def _contender(trace: Trace, spec: PolicySpec) -> _Contender:
+    """Check that the trace can show all that the policy looks at."""
+    wanted = frozenset(ThresholdTable.needs) if spec.policy is None else entrants.needs(spec.policy)
+    signal = (spec.signal or PERFECT) if wanted & SIGNAL_FIELDS else None
+    read = (wanted & RAW_FIELDS) | ({signal} if signal else set())
+    for name in sorted(read):
+        for rollout in (False, True):
+            if rollout and trace.rollout_offsets is None:
+                raise ValueError(f"policy {spec.text!r} looks at drafted candidates, and this trace has no rollouts")
+            try:
+                position_signal(trace, name, rollout)
+            except ValueError:
+                where = " along its rollouts" if rollout else ""
+                raise ValueError(f"policy {spec.text!r} needs {name}, which this trace does not hold{where}") from None
+    return _Contender(spec, wanted, signal)
+
+
+def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: Cost | None) -> Policy:
+    """The rule itself, solved if it is a bare `optimal`, as deep as the trace."""
+    spec, depth = contender.spec, trace.max_candidates
+    if spec.policy is not None:
+        chain = None if model is None else model.transition
+        if isinstance(spec.policy, ThresholdTable) and "regime" in contender.needs and spec.text.startswith("optimal:"):
+            raise ValueError(f"policy {spec.text!r}: a saved table must have one column to be replayed on a trace")
+        return entrants.fit_depth(spec.text, spec.policy, depth, 1 if chain is None else len(chain))
+    from mdp.problem import StoppingProblem
+    from mdp.solve import solve  # imports jax: only here
+
+    assert model is not None and cost is not None
+    return solve(StoppingProblem(model.process(), cost, depth)).policy
+
+
+def _walk(
+    trace: Trace, rule: Policy, needs: frozenset[str], model: SignalModel | None, requests: Int[np.ndarray, " r"]
+) -> RoundLog:
+    """Play all rounds. Arrays have one entry per request that still has text to emit.
+
+    Positions and rollout steps are laid end to end as *nodes*, so the candidate behind node i is node i + 1, except
+    behind a failed position, where it is the rollout's first step.
+    """
+    names = (needs & RAW_FIELDS) | ({model.signal} if model else set())
+    nodes = _Nodes.of(trace, names)
+    base = trace.offsets[requests]
+    length = np.diff(trace.offsets)[requests]
+    limit = np.asarray(trace.limit, dtype=np.int64)[requests]
+    cursor = np.zeros(len(requests), dtype=np.int64)
+    state = _map(lambda leaf: np.repeat(np.asarray(leaf)[..., None], len(requests), axis=-1), rule.init())
+    log = []
+    while len(requests):
+        cap = np.minimum(trace.max_candidates, limit - cursor - 1)
+        state, drafted, accepted, ended = _draft(rule, state, model, nodes, base + cursor, cap)
+        state = rule.end_round(state, Outcome(drafted, accepted))
+        cut = ((accepted == drafted) & ended).astype(np.int64)
+        emitted = accepted + 1 - cut
+        log.append((requests, cursor, drafted, accepted, emitted, cut))
+        cursor = cursor + emitted
+        on = cursor < length
+        if not on.all():
+            base, length, limit, cursor, requests = base[on], length[on], limit[on], cursor[on], requests[on]
+            state = _map(lambda leaf, on=on: np.broadcast_to(leaf, (*np.shape(leaf)[:-1], len(on)))[..., on], state)
+    columns = [np.concatenate(column) for column in zip(*log, strict=True)]
+    order = np.lexsort((columns[1], columns[0]))
+    return RoundLog(*(column[order] for column in columns))
+
+
+def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes", node: np.ndarray, cap: np.ndarray):
+    """One round: ask, draft, ask. Returns the rule's state, counts, and whether end-of-text was drafted last."""
+    size = len(node)
+    drafting, failed, ended = cap > 0, np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    drafted, accepted = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+    features: dict[str, Any] = {name: np.full(size, np.nan) for name in nodes.features}
+    signal: SignalState | None = model.start(size) if model else None
+    num = 0
+    while drafting.any():
+        next_accepted = nodes.accepted[node] & ~failed
+        seen = Observation(num, **features) if model is None else model.observation(signal, num, features)  # type: ignore[arg-type]
+        asked, stop = rule.stop(state, seen._replace(next_accepted=next_accepted))
+        state = _map(lambda new, old, asking=drafting: np.where(asking, new, old), asked, state)
+        drafting = drafting & ~np.broadcast_to(np.asarray(stop, dtype=bool), size)
+        num += 1
+        features = {name: np.where(drafting, values[node], features[name]) for name, values in nodes.features.items()}
+        if model is not None:
+            signal = SignalState(*(np.where(drafting, new, old) for new, old in
+                                   zip(model.update(signal, features), signal, strict=True)))  # type: ignore[arg-type]  # fmt: skip
+        kept = drafting & next_accepted
+        drafted, accepted = drafted + drafting, accepted + kept
+        ended = np.where(drafting, nodes.ends[node], ended)
+        following = np.where(drafting & ~failed & ~kept, nodes.after_failure[node], np.minimum(node + 1, nodes.last))
+        failed = failed | (drafting & ~kept)
+        node = np.where(drafting, following, node)
+        drafting = drafting & (num < cap) & ~ended
+    return state, drafted, accepted, ended
+
+
+@dataclass(frozen=True)
+class _Nodes:
+    """Positions, then rollout steps, then one node for what was not recorded."""
+
+    accepted: np.ndarray
+    ends: np.ndarray
+    after_failure: np.ndarray
+    features: Mapping[str, np.ndarray]
+
+    @property
+    def last(self) -> int:
+        return len(self.accepted) - 1
+
+    @classmethod
+    def of(cls, trace: Trace, names: Iterable[str]) -> "_Nodes":
+        has_rollouts = trace.rollout_offsets is not None
+        starts = trace.rollout_offsets[:-1] if has_rollouts else np.zeros(trace.num_positions, dtype=np.int64)  # type: ignore[index]
+        rolled = trace.rollout_drafts_end if has_rollouts else np.zeros(0, dtype=bool)
+        beyond = np.zeros(len(rolled) + 1, dtype=bool)  # type: ignore[arg-type]
+        accepted = np.concatenate([np.asarray(trace.accepted, dtype=bool), beyond])
+        features = {}
+        for name in names:
+            along = position_signal(trace, name, rollout=True)
+            features[name] = np.concatenate([position_signal(trace, name), along, [np.nan]])
+        return cls(
+            accepted,
+            np.concatenate([trace.drafts_end, rolled, [False]]).astype(bool),  # type: ignore[list-item]
+            np.concatenate([trace.num_positions + starts, np.zeros(len(beyond), dtype=np.int64)]),
+            features,
+        )
+
+
+def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """`function` on every leaf of a rule's state: numbers, arrays, or (named) tuples, dicts and dataclasses of them.
+
+    Batch entries are a leaf's *last* axis, so that a state with an axis of its own still meets per-request numbers.
+    """
+    if isinstance(tree, tuple):
+        parts = [_map(function, *leaves) for leaves in zip(tree, *others, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if isinstance(tree, dict):
+        return {key: _map(function, *(x[key] for x in (tree, *others))) for key in tree}
+    if is_dataclass(tree) and not isinstance(tree, type):
+        names = [f.name for f in fields(tree)]
+        return replace(tree, **{n: _map(function, *(getattr(x, n) for x in (tree, *others))) for n in names})
+    return function(tree, *others)
