@@ -4,13 +4,14 @@ Everything here raises ValueError with one line that names the fault.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mdp import policy as rules
 from mdp.cost import Affine, Cost
-from mdp.policy import FixedLength, PolicySpec, ThresholdTable
+from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
+from simulate.entrants import fit_depth
 
 __all__ = ["declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
 
@@ -52,23 +53,17 @@ def read_problems(paths: Sequence[str]) -> list[StoppingProblem]:
 def read_policies(texts: Sequence[str], problem: StoppingProblem | None = None) -> list[PolicySpec]:
     """All policies or none; with a problem, those it cannot hold are refused too."""
     specs = [rules.parse(text) for text in texts]
-    for spec in specs if problem is not None else []:
-        _check_fits(spec, problem)
+    if problem is not None:
+        for spec in specs:
+            _check_fits(spec, problem)
     return specs
 
 
 def _check_fits(spec: PolicySpec, problem: StoppingProblem) -> None:
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
-    if isinstance(spec.policy, FixedLength) and spec.policy.length > problem.max_candidates:
-        raise ValueError(f"policy {spec.text!r}: length must be at most max_candidates = {problem.max_candidates}")
-    if isinstance(spec.policy, ThresholdTable):
-        shape, wanted = spec.policy.survival_threshold.shape, (problem.max_candidates, problem.acceptance.num_regimes)
-        if shape[0] < wanted[0] or shape[1] not in (1, wanted[1]):
-            raise ValueError(
-                f"policy {spec.text!r}: the table is for K = {shape[0]} and {shape[1]} regimes, "
-                f"the problem has K = {wanted[0]} and {wanted[1]}"
-            )
+    if spec.policy is not None:
+        fit_depth(spec.text, spec.policy, problem.max_candidates, problem.acceptance.num_regimes)
 
 
 def declared_cost(text: str) -> Cost:
@@ -82,7 +77,7 @@ def declared_cost(text: str) -> Cost:
     return _named(text, lambda: cost_from_dict(parse_json(read_text(text))))
 
 
-def _named(name: str, make) -> Cost:
+def _named(name: str, make: Callable[[], Cost]) -> Cost:
     try:
         return make()
     except ValueError as error:

@@ -1,0 +1,50 @@
+"""What every test runs under: hypothesis profiles, no global float64, torch that may not go missing in CI."""
+
+import importlib.util
+import os
+import sys
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+SLOW_FIRST_CALL = [HealthCheck.too_slow]  # the first example of a test may compile
+
+settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=SLOW_FIRST_CALL)
+settings.register_profile(
+    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True, suppress_health_check=SLOW_FIRST_CALL
+)
+settings.register_profile("explore", max_examples=2000, deadline=None, suppress_health_check=SLOW_FIRST_CALL)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to run where torch tests would be skipped but must not be."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if os.environ.get("SPECSTOP_REQUIRE_TORCH") and missing:
+        raise pytest.UsageError(f"SPECSTOP_REQUIRE_TORCH is set and {', '.join(missing)} cannot be imported")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """Turn a skip for want of torch into a failure where torch is required."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.skipped and os.environ.get("SPECSTOP_REQUIRE_TORCH") and "could not import" in str(report.longrepr):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where SPECSTOP_REQUIRE_TORCH allows no skip: {report.longrepr}"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_compilation_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Commands under test keep their compiled programs here, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_compiled_programs():
+    """Compiled programs of one test module are of no use to the next and add up."""
+    yield
+    if jax := sys.modules.get("jax"):
+        jax.clear_caches()
