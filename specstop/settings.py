@@ -8,7 +8,9 @@ import sys
 import warnings
 from pathlib import Path
 
-__all__ = ["cache_folder", "prepare"]
+from realmodels.gguf_file import cache_folder
+
+__all__ = ["compilation_cache", "prepare"]
 
 
 def prepare() -> None:
@@ -23,7 +25,7 @@ def prepare() -> None:
     }
     if not sys.stderr.isatty():
         defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    if folder := cache_folder("jax"):
+    if folder := compilation_cache():
         defaults["JAX_COMPILATION_CACHE_DIR"] = str(folder)
         # Each program is small and quick to compile; together they are most of a short run.
         defaults["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -32,12 +34,10 @@ def prepare() -> None:
         os.environ.setdefault(name, value)
 
 
-def cache_folder(name: str) -> Path | None:
-    """A folder that outlives the process, made if need be; None if there is no place for one."""
+def compilation_cache() -> Path | None:
+    """A folder for compiled programs, made if need be; None if there is no place for one."""
     try:
-        root = os.environ.get("SPECSTOP_CACHE")
-        base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specstop"
-        folder = base / name
+        folder = cache_folder() / "jax"
         folder.mkdir(parents=True, exist_ok=True)
         return folder if os.access(folder, os.W_OK) else None
     except (OSError, RuntimeError, ValueError):

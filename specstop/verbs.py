@@ -6,6 +6,7 @@ pay for it.
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from specstop import inputs
@@ -91,14 +92,11 @@ def simulate(args: Namespace) -> int:
     specs = inputs.read_policies(args.policies, problem)
     solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
 
-    import jax
     from simulate.rounds import simulate
 
-    with jax.enable_x64(True):  # without it seeds 2**32 apart would be the same key
-        key = jax.random.key(args.seed)
-    chosen = [spec.policy or solution.policy for spec in specs]  # type: ignore[union-attr]
-    result = simulate(problem, chosen, rounds=args.rounds, key=key).to_dict()
-    _print_comparison(result | {"seed": args.seed}, args)
+    solved = [replace(spec, policy=spec.policy or solution.policy) for spec in specs]  # type: ignore[union-attr]
+    result = simulate(problem, solved, rounds=args.rounds, key=args.seed)
+    _print_comparison(result.to_dict(), args)
     return _code(solution)
 
 
@@ -107,11 +105,10 @@ def replay(args: Namespace) -> int:
     specs = inputs.read_policies(args.policies)
     cost = None if args.cost is None else inputs.declared_cost(args.cost)
 
+    from mdp.trace import load
     from simulate.replay import replay
 
-    from mdp.trace import load
-
-    result = replay(load(args.trace), [spec.text for spec in specs], cost=cost, level=args.level)
+    result = replay(load(args.trace), specs, cost=cost, level=args.level)
     _print_comparison(result.to_dict(), args)
     return DONE
 
