@@ -7,8 +7,8 @@ $h_b(z) = \sum_y \mathrm{bonus}(z, y) h(y)$ and $h_r$ likewise, backward inducti
 $$J_k(z, S) = \max\{\, S h_b(z) - \rho V(k),\;
   -\rho t_d + \sum_{z'} P(z, z') [\, S (a' + (1 - a') h_r(z')) + J_{k+1}(z', S a') \,] \,\},$$
 
-with $a' = a_{k+1}(z')$, and $J_K$ the first term. $J_k(z, \cdot)$ is convex and piecewise linear, its stop set an interval
-$[0, S^*(k, z))$ (theory, F1), and $T_{\rho h}(z) = 1 + J_0(z, 1)$.
+with $a' = a_{k+1}(z')$, and $J_K$ the first term. $J_k(z, \cdot)$ is convex and piecewise linear, its stop set an
+interval $[0, S^*(k, z))$ (theory, F1), and $T_{\rho h}(z) = 1 + J_0(z, 1)$.
 
 *Representation.* Each depth has a row of knots in $[0, 1]$. At each knot two things are kept: the value of CONTINUE,
 interpolated linearly, which over-estimates a convex function; and the *rule* that earns the most there as its exact
@@ -17,13 +17,15 @@ kink meet exactly at it, so thresholds come from lines; the next pass puts its k
 imply ($S^*$ divided by acceptances), where interpolation is exact too. Two or three passes suffice unless kinks
 outnumber knots, and then the curve is nearly smooth and the error falls with the square of the spacing.
 
-*Outer loop.* The rule found from $S = 1$ is a real policy whose tokens $e$, times $T$ and next-start matrix $M$ are known
-exactly. Renewal: $\rho \leftarrow \bar e / \bar T$ (Dinkelbach). Persistent: solve $e - \rho T + M h = h$ (Howard's policy iteration).
+*Outer loop.* The rule found from $S = 1$ is a real policy whose tokens $e$, times $T$ and next-start matrix $M$ are
+known exactly. Renewal: $\rho \leftarrow \bar e / \bar T$ (Dinkelbach). Persistent: solve $e - \rho T + M h = h$
+(Howard's policy iteration).
 
-*Certificate.* With $\hat\delta = \max_z (\hat T_{\rho h} - h)$ from interpolation and $\check\delta = \min_z (\check T_{\rho h} - h)$ from
-rules, over reachable start regimes (renewal: means under `initial`), and the least and greatest round times,
-$\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative) and $\rho^* \ge \rho + \check\delta / T_{min}$ ($/ T_{max}$ if positive),
-whatever $\rho$ and $h$, widened for rounding. The loop ends `successful` only if these bounds are closer than `tol`
+*Certificate.* With $\hat\delta = \max_z (\hat T_{\rho h} - h)$ from interpolation and
+$\check\delta = \min_z (\check T_{\rho h} - h)$ from rules, over reachable start regimes (renewal: means under
+`initial`), and $T_{min}, T_{max}$ the least and greatest round times, whatever $\rho$ and $h$:
+$\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge \rho + \check\delta / T_{min}$
+($/ T_{max}$ if positive), widened for rounding. The loop ends `successful` only if these bounds are closer than `tol`
 and CONTINUE - STOP at each threshold is known to half of `THRESHOLD_TOLERANCE`.
 
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
@@ -330,8 +332,14 @@ def _place(accept_prob: np.ndarray, knots: np.ndarray) -> _Grid:
     return _Grid(knots, cell, weight)
 
 
-def _kinks(accept_prob: np.ndarray, threshold: np.ndarray, most: int) -> list[np.ndarray]:
-    r"""Survivals at which CONTINUE has a kink at each depth: thresholds further down over the acceptances between."""
+def _thin(values: np.ndarray, low: float, most: int) -> np.ndarray:
+    """At most one value in each of `most` even cells of [low, 1]."""
+    cell = np.minimum((values - low) / (1.0 - low) * most, most - 1).astype(int)
+    return values[np.diff(cell, prepend=-1) > 0]
+
+
+def _kinks(accept_prob: np.ndarray, threshold: np.ndarray, lowest: np.ndarray, most: int) -> list[np.ndarray]:
+    """Survivals at which CONTINUE has a kink at each depth: thresholds further down over the acceptances between."""
     depth, size = accept_prob.shape
     below: list[np.ndarray] = [np.empty(0)] * depth
     for k in range(depth - 2, -1, -1):
@@ -343,20 +351,24 @@ def _kinks(accept_prob: np.ndarray, threshold: np.ndarray, most: int) -> list[np
                 bends = np.append(inherited[(inherited > limit) & (inherited <= accept)], limit)
                 found.append(bends[bends > 0] / accept)
         bends = np.unique(np.concatenate(found))
-        bends = bends[np.diff(bends, prepend=-1.0) > 1e-14]
-        below[k] = bends if len(bends) <= most else bends[np.linspace(0, len(bends) - 1, most).round().astype(int)]
+        bends = bends[(np.diff(bends, prepend=-1.0) > 1e-14) & (bends > lowest[k]) & (bends < 1.0)]
+        below[k] = bends if len(bends) <= most else _thin(bends, lowest[k], most)
     return below
 
 
 def _knots(accept_prob: np.ndarray, threshold: np.ndarray | None, num_knots: int) -> np.ndarray:
-    """Rows of knots: the kinks that are known, the rest spread evenly; 0 and 1 always among them."""
+    """A row of knots per depth: 0, then evenly from below the least threshold to 1, on the kinks where they are known.
+
+    Below the least threshold of a depth every regime stops, and STOP is kept exactly.
+    """
     depth = accept_prob.shape[0]
     if threshold is None:
         return np.tile(np.linspace(0.0, 1.0, num_knots), (depth, 1))
-    rows = np.empty((depth, num_knots))
-    for k, bends in enumerate(_kinks(accept_prob, threshold, 3 * num_knots // 4)):
-        even = np.linspace(0.0, 1.0, num_knots - len(bends))
-        rows[k] = np.sort(np.concatenate([even, bends]))
+    lowest = 0.9 * np.minimum(threshold.min(axis=1), 1.0)
+    rows = np.zeros((depth, num_knots))
+    for k, bends in enumerate(_kinks(accept_prob, threshold, lowest, num_knots // 2)):
+        even = np.linspace(lowest[k], 1.0, num_knots - 1 - len(bends))
+        rows[k, 1:] = np.sort(np.concatenate([even, bends]))
     return rows
 
 
