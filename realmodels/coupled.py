@@ -15,6 +15,7 @@ at j would still draft before the clamp at the maximum length.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from realmodels.sampling import Sampling
 from realmodels.streams import stream, uniforms
 from realmodels.verify import Law, acceptance, couple, draft_features, draw
 
-__all__ = ["Contents", "Columns", "record_batch"]
+__all__ = ["Columns", "Contents", "record_batch"]
 
 CHUNK = 32
 """Positions whose laws are held at a time; bounds memory where the laws are on the whole vocabulary."""
@@ -142,8 +143,10 @@ def _branch(
     position = torch.from_numpy(path["position"][failed])
     token, depth = torch.from_numpy(path["drafted"][failed]).long(), torch.from_numpy(depth[failed])
     steps = sampling.max_candidates - 1
-    coins = [stream(sampling.seed, ids[r], "rollout", j).random(steps)
-             for r, j in zip(request.tolist(), position.tolist(), strict=True)]  # fmt: skip
+    coins = [
+        stream(sampling.seed, ids[int(path["request"][i])], "rollout", int(path["position"][i])).random(steps)
+        for i in failed
+    ]
     coin = torch.from_numpy(np.array(coins).reshape(len(coins), steps))
     fork = lengths[request] + position
     active = torch.arange(len(failed))
@@ -155,13 +158,14 @@ def _branch(
         # Active branches of each request side by side; short rows are filled with padding.
         row = request[active]
         slot = torch.arange(len(active)) - torch.searchsorted(row, row)
-        columns = torch.zeros(4, len(lengths), int(slot.max()) + 1, dtype=torch.long)
-        columns[2] = PADDING
-        columns[:, row, slot] = torch.stack([token[active], fork[active] + step, active, fork[active]])
-        logits = draft.read(*columns)[row, slot]
+        packed = torch.zeros(4, len(lengths), int(slot.max()) + 1, dtype=torch.long)
+        packed[2] = PADDING
+        packed[:, row, slot] = torch.stack([token[active], fork[active] + step, active, fork[active]])
+        tokens, at, owner, forks = packed
+        logits = draft.read(tokens, at, owner, forks)[row, slot]
         q, shown = sampling.law(logits), sampling.feature_law(logits)
         y = draw(q, coin[active, step].to(logits.device))
-        p = sampling.law(target.read(*columns)[row, slot])
+        p = sampling.law(target.read(tokens, at, owner, forks)[row, slot])
         drafts_end = _ends(y.cpu(), pair)
         rows.append(
             _drafted(pair, contents, p, q, shown, y)
@@ -238,4 +242,4 @@ def _split(rows: Columns, count: int) -> list[Columns]:
     if not rows:
         return [{} for _ in range(count)]
     cuts = np.searchsorted(rows["request"], np.arange(count + 1))
-    return [{key: value[a:b] for key, value in rows.items()} for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [{key: value[a:b] for key, value in rows.items()} for a, b in pairwise(cuts)]

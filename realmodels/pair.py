@@ -126,8 +126,9 @@ def _load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options: dict[str, Any] = {"revision": revision} if revision else {}
+    loader: Any = AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = loader.from_pretrained(
             source, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError) as error:
