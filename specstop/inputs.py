@@ -11,7 +11,7 @@ from mdp import policy as rules
 from mdp.cost import Affine, Cost
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
-from simulate.entrants import fit_depth
+from mdp.entrants import fit_depth
 
 __all__ = ["declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
 
