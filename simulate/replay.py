@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from mdp import entrants
 from mdp.cost import Cost, Table
 from mdp.fit import PERFECT, SignalModel, SignalState, fit_signal, position_signal, split_requests
 from mdp.metrics import Tally
 from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.trace import FEATURES, Trace
-from simulate import entrants
 from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
 
 __all__ = ["RoundLog", "replay", "replay_rounds"]
