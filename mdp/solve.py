@@ -41,7 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdp.policy import ThresholdTable
+from mdp.policy import TIE, ThresholdTable
 from mdp.problem import FiniteProblem, StoppingProblem, start_graph
 
 __all__ = ["Solution", "SolveStatus", "solve"]
@@ -175,7 +175,7 @@ def _sweep(problem: _Arrays, grid: _Grid, rate: Any, bias: Any) -> _Sweep:
         left = survival * pick(slope, cell) - pick(price, cell)
         right = survival * pick(slope, cell + 1) - pick(price, cell + 1)
         nearest = jnp.where(right > left, cell + 1, cell)
-        goes_on = jnp.maximum(left, right) >= stop
+        goes_on = jnp.maximum(left, right) >= stop - TIE * (1.0 + jnp.abs(stop))
         chosen = jnp.where(
             goes_on[..., None],
             jnp.take_along_axis(rules, nearest[..., None], axis=1),
@@ -207,7 +207,9 @@ def _sweep(problem: _Arrays, grid: _Grid, rate: Any, bias: Any) -> _Sweep:
     stop = after_bonus - rate * problem.verify_time[0]
     at_one = rules[:, -1]
     going_on = at_one[:, 0] + at_one[:, 3:] @ bias_row - rate * at_one[:, 1]
-    best = jnp.where((going_on >= stop)[:, None], at_one, stop_rule(problem.verify_time[0]))
+    best = jnp.where(
+        (going_on >= stop - TIE * (1.0 + jnp.abs(stop)))[:, None], at_one, stop_rule(problem.verify_time[0])
+    )
     return _Sweep(
         lower=1.0 + jnp.maximum(stop, going_on) - bias,
         upper=1.0 + jnp.maximum(stop, upper[:, -1]) - bias,

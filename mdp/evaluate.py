@@ -1,0 +1,226 @@
+r"""Exact value of any stopping rule, without sampling and without a grid.
+
+Under a rule that sees survival, regime and depth, a round is a finite tree; what matters of a path is where it is
+($z_k$) and its survival $S_k$, which depends only on how often each regime was visited. Paths that agree in both are
+merged, so depth $k$ holds at most $Z \binom{k+Z-1}{Z-1}$ states instead of $Z^k$. Mass flows forward: a state that
+continues adds $t_d$ and its candidate's expected acceptance, one that stops adds $V(k)$. Every round ends in one more
+token (correction or bonus).
+
+Renewal: throughput = E[emitted] / E[time]. Persistent: the same under the stationary law of the start regime, which
+must be unique: a rule that splits the start regimes into several recurrent classes has no one throughput.
+
+The oracle needs no tree: it stops after k candidates if and only if exactly k would be accepted.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+from scipy.sparse.csgraph import connected_components
+
+from mdp.entrants import fit_depth, label, needs, read
+from mdp.metrics import Tally
+from mdp.policy import Observation, Oracle, Policy, PolicySpec
+from mdp.problem import FiniteProblem, StoppingProblem
+
+__all__ = ["Evaluation", "RoundLaw", "evaluate", "round_law"]
+
+MAX_STATES = 5_000_000
+MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
+
+
+class RoundLaw(NamedTuple):
+    """Expected counts of one round per start law (rows: `initial` alone if rounds renew, else each regime)."""
+
+    emitted: Float[np.ndarray, " B"]
+    time: Float[np.ndarray, " B"]
+    drafted: Float[np.ndarray, " B"]
+    next_start: Float[np.ndarray, "B Z"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Exact long-run figures of one policy; `tally` holds expectations per round.
+
+    `bounds` are those of the best policy, if they are known; then `gap` = 1 - throughput / bound for each.
+    """
+
+    policy: str
+    tally: Tally
+    speedup: float
+    bounds: tuple[float, float] | None = None
+
+    @property
+    def throughput(self) -> float:
+        """Long-run tokens per unit time."""
+        return float(self.tally.throughput)
+
+    @property
+    def gap(self) -> tuple[float, float] | None:
+        """What is lost against the proven lower and the proven upper bound of the optimum; not clipped."""
+        return None if self.bounds is None else tuple(1.0 - self.throughput / bound for bound in self.bounds)  # type: ignore[return-value]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of `specstop evaluate --json`."""
+        names = ("block_efficiency", "verification_rate", "discard_rate", "mean_candidates")
+        return {"policy": self.policy, "throughput": self.throughput, "speedup": self.speedup,
+                **{name: float(getattr(self.tally, name)) for name in names},
+                "gap": None if self.gap is None else list(self.gap)}  # fmt: skip
+
+
+def evaluate(
+    problem: StoppingProblem | FiniteProblem, policy: str | Policy | PolicySpec, *, solution: Any = None
+) -> Evaluation:
+    """Exact throughput and rates of `policy` on `problem`.
+
+    Args:
+        problem: a finite problem.
+        policy: a policy string, or a rule without memory between rounds.
+        solution: of `mdp.solve` for the same problem; supplies the rule for `optimal` and the gap.
+
+    Raises:
+        ValueError: if the rule does not fit the problem, keeps state, has several recurrent classes, or the tree
+            is too large (simulate it instead).
+
+    Example:
+        >>> from mdp.acceptance import IID
+        >>> from mdp.cost import Affine
+        >>> problem = StoppingProblem(IID(0.5), Affine(draft_time=0.5, verify_time=1.0), max_candidates=4)
+        >>> evaluate(problem, "fixed:2").throughput  # (1 + 1/2 + 1/4) / (2 * 0.5 + 1)
+        0.875
+    """
+    finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+    (spec,) = read([policy])
+    if spec.signal is not None:
+        raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
+    rule = spec.policy
+    if rule is None:
+        if solution is None:
+            raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
+        rule = solution.policy
+    law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
+    weights = stationary_law(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
+    emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
+    tally = Tally(num_target_calls=1.0, num_drafted=drafted, num_emitted=emitted,
+                  num_discarded=drafted - (emitted - 1.0), num_cut=0.0, time=time)  # fmt: skip
+    speedup = float(tally.throughput) * float(finite.verify_time[0])
+    return Evaluation(spec.text, tally, speedup, None if solution is None else solution.bounds)
+
+
+def stationary_law(law: RoundLaw, initial: np.ndarray, text: str = "policy") -> Float[np.ndarray, " Z"]:
+    """Long-run law of the start regime under a policy, from where `initial` leads.
+
+    Raises:
+        ValueError: if there are several recurrent classes.
+    """
+    chain = law.next_start
+    size = len(chain)
+    starts = np.flatnonzero((initial > 0) @ _closure(chain > 0))
+    inside = chain[np.ix_(starts, starts)]
+    count, labels = connected_components(inside > 0, connection="strong")
+    leaves = {labels[i] for i, j in np.argwhere(inside > 0) if labels[i] != labels[j]}
+    if count - len(leaves) > 1:
+        raise ValueError(f"policy {text!r}: its start regimes fall into {count - len(leaves)} recurrent classes")
+    matrix = np.vstack([(np.eye(len(starts)) - inside).T, np.ones(len(starts))])
+    answer = np.linalg.lstsq(matrix, np.append(np.zeros(len(starts)), 1.0), rcond=None)[0]
+    weights = np.zeros(size)
+    weights[starts] = np.maximum(answer, 0.0) / np.maximum(answer, 0.0).sum()
+    return weights
+
+
+def _closure(edges: np.ndarray) -> np.ndarray:
+    """Which regimes can be reached from which, in any number of rounds, none included."""
+    reach = edges | np.eye(len(edges), dtype=bool)
+    for _ in range(int(np.ceil(np.log2(len(edges)))) + 1):
+        reach = (reach.astype(np.float32) @ reach.astype(np.float32)) > 0
+    return reach
+
+
+def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
+    """What one round earns and where the next one starts, exactly.
+
+    Raises:
+        ValueError: if the rule keeps state, needs what a problem does not show, or the tree is too large.
+    """
+    starts = np.eye(problem.num_regimes) if problem.persistent else problem.initial[None, :]
+    if isinstance(policy, Oracle):
+        return _oracle_law(problem, starts)
+    name = label(policy)
+    missing = needs(policy) - {"survival", "next_accept_prob", "regime", "token_accept_prob"}
+    if missing:
+        raise ValueError(f"policy {name!r} needs {min(missing)}, which cannot be evaluated exactly")
+    if type(policy).end_round is not Policy.end_round:
+        raise ValueError(f"policy {name!r} remembers past rounds; simulate it instead")
+    state = policy.init()
+    size, depth = problem.num_regimes, problem.max_candidates
+    next_accept_prob = problem.next_accept_prob
+    bonus = problem.bonus if problem.bonus is not None else np.zeros((size, 0))
+    rejection = problem.rejection if problem.rejection is not None else np.zeros((size, 0))
+    regime, survival, mass = np.arange(size), np.ones(size), starts.T.copy()  # mass: [state, start]
+    emitted, time, drafted = np.ones(len(starts)), np.zeros(len(starts)), np.zeros(len(starts))
+    next_start = np.zeros((len(starts), bonus.shape[1]))
+    for k in range(depth + 1):
+        stops = np.ones(len(regime), dtype=bool)
+        if k < depth:
+            observation = Observation(
+                num_candidates=k,
+                survival=survival,
+                next_accept_prob=next_accept_prob[k][regime],
+                regime=regime,
+                token_accept_prob=problem.accept_prob[k - 1][regime] if k else np.ones(len(regime)),
+            )
+            new_state, answer = policy.stop(state, observation)
+            if new_state is not state:
+                raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
+            stops = np.broadcast_to(np.asarray(answer, dtype=bool), regime.shape)
+        ended = mass[stops]
+        time += problem.verify_time[k] * ended.sum(axis=0)
+        next_start += (ended * survival[stops, None]).T @ bonus[regime[stops]]
+        regime, survival, mass = regime[~stops], survival[~stops], mass[~stops]
+        if len(regime) == 0:
+            break
+        going_on = mass.sum(axis=0)
+        time += problem.draft_time * going_on
+        drafted += going_on
+        accept = problem.accept_prob[k]
+        # one candidate each: its regime, whether it is accepted, and where a first rejection leads
+        into = (mass * survival[:, None]).T @ problem.transition[regime]
+        emitted += into @ accept
+        next_start += (into * (1.0 - accept)) @ rejection
+        regime, survival, mass = _branch(problem.transition, accept, regime, survival, mass)
+    return RoundLaw(emitted, time, drafted, next_start)
+
+
+def _branch(transition: np.ndarray, accept: np.ndarray, regime: np.ndarray, survival: np.ndarray, mass: np.ndarray):
+    """Every state's children, those with equal regime and survival merged."""
+    parent, child = np.nonzero(transition[regime] > 0)
+    if len(parent) * mass.shape[1] > MAX_STATES:
+        raise ValueError(
+            f"the problem is too large for exact evaluation ({len(parent)} states at one depth); simulate it instead"
+        )
+    next_survival = survival[parent] * accept[child]
+    key = np.rint(next_survival * MERGE).astype(np.int64) * len(transition) + child
+    _, first, group = np.unique(key, return_index=True, return_inverse=True)
+    merged = np.zeros((len(first), mass.shape[1]))
+    np.add.at(merged, group, mass[parent] * transition[regime[parent], child][:, None])
+    return child[first], next_survival[first], merged
+
+
+def _oracle_law(problem: FiniteProblem, starts: np.ndarray) -> RoundLaw:
+    """Stop after k iff exactly k candidates would be accepted, or k is the most there can be."""
+    depth = problem.max_candidates
+    bonus = problem.bonus if problem.bonus is not None else np.zeros((problem.num_regimes, 0))
+    emitted, time, drafted = np.ones(len(starts)), np.zeros(len(starts)), np.zeros(len(starts))
+    next_start = np.zeros((len(starts), bonus.shape[1]))
+    alive = starts  # [start, z_k]: all k accepted
+    for k in range(depth + 1):
+        last = 1.0 - problem.next_accept_prob[k] if k < depth else np.ones(problem.num_regimes)
+        ending = alive * last
+        time += (k * problem.draft_time + problem.verify_time[k]) * ending.sum(axis=1)
+        emitted += k * ending.sum(axis=1)
+        drafted += k * ending.sum(axis=1)
+        next_start += ending @ bonus
+        if k < depth:
+            alive = (alive @ problem.transition) * problem.accept_prob[k]
+    return RoundLaw(emitted, time, drafted, next_start)
