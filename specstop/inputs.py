@@ -9,9 +9,9 @@ from pathlib import Path
 
 from mdp import policy as rules
 from mdp.cost import Affine, Cost
+from mdp.entrants import fit_depth
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
-from mdp.entrants import fit_depth
 
 __all__ = ["declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
 

@@ -4,6 +4,7 @@ Every function takes the parsed arguments. Heavy modules are imported where they
 pay for it.
 """
 
+import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,12 +13,12 @@ from typing import Any
 from specstop import inputs
 from specstop.output import emit, json_line, key_values, table
 
-__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
+__all__ = ["demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
 
 DONE, NOT_CONVERGED = 0, 3
 
 POLICY_COLUMNS = (
-    "policy", "throughput", "throughput_se", "throughput_interval", "speedup", "block_efficiency",
+    "policy", "signal", "throughput", "throughput_se", "throughput_interval", "speedup", "block_efficiency",
     "verification_rate", "discard_rate", "mean_candidates", "gap",
 )  # fmt: skip
 
@@ -62,10 +63,7 @@ def evaluate(args: Namespace) -> int:
 
     from mdp.evaluate import evaluate
 
-    results = [
-        {**evaluate(problem, spec.policy or solution.policy, solution=solution).to_dict(), "policy": spec.text}
-        for spec in specs
-    ]
+    results = [evaluate(problem, spec, solution=solution).to_dict() for spec in specs]
     _print_policies(results, args.json)
     return _code(solution)
 
@@ -79,7 +77,7 @@ def _print_policies(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
 
 
 def _policy_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    return table(rows, [column for column in POLICY_COLUMNS if any(column in row for row in rows)])
+    return table(rows, [column for column in POLICY_COLUMNS if any(row.get(column) is not None for row in rows)])
 
 
 def _code(*solutions: Any) -> int:
@@ -118,7 +116,7 @@ def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
         emit(json_line(result))
         return
     rows, differences = result["policies"], result["differences"]
-    about = {key: value for key, value in result.items() if not isinstance(value, (list, dict))}
+    about = {key: value for key, value in result.items() if value is not None and not isinstance(value, list)}
     parts = [key_values(about), _policy_table(rows)]
     if differences:
         parts.append(table(differences))
@@ -127,12 +125,35 @@ def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
 
 def record(args: Namespace) -> int:
     """Run a real pair over prompts and write the trace."""
-    raise NotImplementedError
+    from realmodels.pair import load_pair, load_prompts
+    from realmodels.record import record
 
-
-def decode(args: Namespace) -> int:
-    """Decode one prompt with a real pair under a policy."""
-    raise NotImplementedError
+    start = time.perf_counter()
+    pair = load_pair(args.target, args.draft)
+    prompts = load_prompts(args.prompts, pair, args.limit)
+    trace = record(
+        pair,
+        prompts,
+        args.out,
+        max_candidates=args.max_candidates,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+        store_tokens=not args.no_tokens,
+    )
+    measured = trace.manifest.get("measured") or {}
+    result = {
+        "trace": args.out,
+        "num_requests": trace.num_requests,
+        "num_positions": trace.num_positions,
+        "mean_acceptance": trace.manifest.get("mean_acceptance"),
+        "draft_time": measured.get("draft_time"),
+        "verify_time": measured.get("verify_time"),
+        "seconds": time.perf_counter() - start,
+    }
+    emit(json_line(result) if args.json else key_values(result))
+    return DONE
 
 
 def demo(args: Namespace) -> int:

@@ -1,0 +1,240 @@
+"""What each verb answers: the keys of the JSON contract, numbers that agree with each other, a table for people."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mdp.problem import load
+from specstop.cli import main
+from specstop.output import emit, json_line, jsonable, table
+
+PROBLEM = Path(__file__).parent / "golden" / "problem.json"
+SOLVE_KEYS = {"status", "throughput", "speedup", "bounds", "survival_threshold", "block_efficiency",
+              "verification_rate", "discard_rate", "mean_candidates", "seconds"}  # fmt: skip
+EVALUATE_KEYS = {"policy", "throughput", "speedup", "block_efficiency", "verification_rate", "discard_rate",
+                 "mean_candidates", "gap"}  # fmt: skip
+SIMULATE_KEYS = {"policy", "throughput", "throughput_se", "speedup", "block_efficiency", "verification_rate",
+                 "discard_rate", "num_emitted", "num_drafted", "num_discarded", "num_cut",
+                 "num_target_calls"}  # fmt: skip
+
+
+@pytest.fixture
+def lines(capsys):
+    """Run one command line and return its JSON lines; anything else than the expected exit code fails."""
+
+    def lines(*argv, code=0):
+        capsys.readouterr()
+        assert main([*map(str, argv), "--json"]) == code
+        out, err = capsys.readouterr()
+        assert err == "" and out.endswith("\n")
+        return [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
+
+    return lines
+
+
+@pytest.fixture
+def text(capsys):
+    """Run one command line and return what it prints for people."""
+
+    def text(*argv, code=0):
+        capsys.readouterr()
+        assert main([*map(str, argv)]) == code
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return text
+
+
+def test_solve_answers_one_line_a_file_in_order(lines, tmp_path):
+    dear = json.loads(PROBLEM.read_text())
+    dear["cost"]["draft_time"] = 50
+    (tmp_path / "dear.json").write_text(json.dumps(dear))
+    first, second = lines("solve", PROBLEM, tmp_path / "dear.json")
+    for answer in (first, second):
+        assert set(answer) == SOLVE_KEYS and answer["status"] == "successful"
+        lower, upper = answer["bounds"]
+        assert lower <= answer["throughput"] <= upper and upper - lower <= 1e-6 * lower
+        assert len(answer["survival_threshold"]) == 12 and {len(row) for row in answer["survival_threshold"]} == {2}
+        assert math.isclose(answer["block_efficiency"] * answer["verification_rate"], 1)
+    assert first["throughput"] > 2.4
+    # Nothing is worth drafting: plain decoding, and null where no survival is enough.
+    assert second["throughput"] == pytest.approx(1) and second["mean_candidates"] == 0
+    assert second["survival_threshold"][0] == [None, None]
+
+
+def test_solve_that_does_not_converge_prints_what_it_has_and_exits_3(lines, text):
+    (answer,) = lines("solve", PROBLEM, "--tol", "1e-15", "--max-knots", "1", code=3)
+    assert set(answer) == SOLVE_KEYS and answer["status"] == "max_steps_reached"
+    assert answer["bounds"][0] <= answer["throughput"] <= answer["bounds"][1]
+    assert "not converged: " in text("solve", PROBLEM, "--tol", "1e-15", "--max-knots", "1", code=3)
+    assert len(lines("evaluate", PROBLEM, "--policy", "fixed:1", "--tol", "1e-15", "--max-knots", "1", code=3)) == 1
+
+
+def test_evaluate_answers_one_line_a_policy_as_typed(lines, tmp_path):
+    (solution,) = lines("solve", PROBLEM)
+    saved = tmp_path / "solution.json"
+    saved.write_text(json.dumps(solution))
+    typed = ["optimal", "fixed:04", "rejection:0.40", f"optimal:{saved}", "fixed:0", "oracle"]
+    answers = lines("evaluate", PROBLEM, "--policy", *typed)
+    assert [answer["policy"] for answer in answers] == typed
+    assert all(set(answer) == EVALUATE_KEYS for answer in answers)
+    best, fixed, _, again, plain, oracle = answers
+    assert best["throughput"] == pytest.approx(solution["throughput"], rel=1e-9)
+    assert again["throughput"] == best["throughput"]
+    assert max(map(abs, best["gap"])) < 1e-6 and fixed["gap"][0] > 0.1
+    assert plain["throughput"] == pytest.approx(1 / load(PROBLEM).cost.verify_times(12)[0])
+    assert oracle["gap"][1] < 0  # not clipped: the oracle beats every policy
+
+
+def test_policies_may_be_listed_repeated_and_stand_before_the_problem(lines):
+    listed = lines("evaluate", PROBLEM, "--policy", "fixed:2", "rejection:0.4")
+    assert lines("evaluate", PROBLEM, "--policy", "fixed:2", "--policy", "rejection:0.4") == listed
+    assert lines("evaluate", "--policy", "fixed:2", "rejection:0.4", PROBLEM) == listed
+    assert lines("evaluate", "--policy=fixed:2", PROBLEM, "--policy", "rejection:0.4") == listed
+
+
+def test_simulate_agrees_with_evaluate(lines):
+    typed = ["optimal", "fixed:4", "rejection:0.4"]
+    (answer,) = lines("simulate", PROBLEM, "--policy", *typed, "--rounds", 20_000, "--seed", 7)
+    assert set(answer) == {"rounds", "seed", "policies", "differences"}
+    assert (answer["rounds"], answer["seed"]) == (20_000, 7)
+    assert [entry["policy"] for entry in answer["policies"]] == typed
+    exact = lines("evaluate", PROBLEM, "--policy", *typed)
+    for entry, truth in zip(answer["policies"], exact, strict=True):
+        assert set(entry) == SIMULATE_KEYS
+        assert abs(entry["throughput"] - truth["throughput"]) < 5 * entry["throughput_se"]
+        assert entry["num_target_calls"] == 20_000
+        spent = entry["num_drafted"] + entry["num_target_calls"]
+        assert spent == entry["num_emitted"] + entry["num_discarded"] + entry["num_cut"]
+    for difference, entry in zip(answer["differences"], answer["policies"][1:], strict=True):
+        assert set(difference) == {"policy", "baseline", "throughput_difference", "se"}
+        assert (difference["policy"], difference["baseline"]) == (entry["policy"], "optimal")
+        gain = entry["throughput"] - answer["policies"][0]["throughput"]
+        assert difference["throughput_difference"] == pytest.approx(gain)
+
+
+def test_the_seed_decides_the_coins_and_its_high_bits_count(lines):
+    def play(seed):
+        return lines("simulate", PROBLEM, "--policy", "fixed:4", "--rounds", 500, "--seed", seed)[0]["policies"]
+
+    assert play(3) == play(3)
+    assert play(0) != play(2**32)
+    assert play(2**63 - 1) != play(2**31 - 1)
+
+
+def test_one_round_has_no_standard_error_and_says_null(lines):
+    (answer,) = lines("simulate", PROBLEM, "--policy", "fixed:4", "--rounds", "1")
+    assert answer["policies"][0]["throughput_se"] is None
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """A trace of the tiny pair, recorded by the command."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("recorded")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"tokens": [1 + r % 7, 2, 3 + r % 5]}) + "\n" for r in range(12)))
+    pair, sizes = "--target tiny --draft tiny:1", "--max-new-tokens 24 --max-candidates 6 --seed 5"
+    assert main(f"record {pair} --prompts {prompts} --out {folder}/trace {sizes}".split()) == 0
+    return folder / "trace"
+
+
+def test_record_says_what_it_wrote(lines, trace, tmp_path):
+    prompts = trace.parent / "prompts.jsonl"
+    (answer,) = lines("record", "--target", "tiny", "--draft", "tiny:1", "--prompts", prompts, "--limit", 3, "--out",
+                      tmp_path / "new", "--max-new-tokens", 8, "--max-candidates", 4, "--no-tokens")  # fmt: skip
+    assert answer["num_requests"] == 3 and 3 <= answer["num_positions"] <= 24
+    assert answer["draft_time"] > 0 and len(answer["verify_time"]) == 5
+    assert (tmp_path / "new" / "manifest.json").is_file()
+
+
+def test_replay_scores_all_policies_on_the_same_requests(lines, trace):
+    typed = ["fixed:3", "rejection:0.5", "lookahead:0.5,signal=entropy", "optimal", "oracle"]
+    (answer,) = lines("replay", trace, "--policy", *typed, "--cost", "0.22", "--level", "0.9")
+    assert [entry["policy"] for entry in answer["policies"]] == typed
+    assert answer["cost_origin"] == "declared" and answer["draft_time"] == 0.22 and answer["verify_time"] == [1.0] * 7
+    assert answer["num_requests"] == 6 and answer["level"] == 0.9
+    for entry in answer["policies"]:
+        low, high = entry["throughput_interval"]
+        assert low < entry["throughput"] < high and set(entry) >= SIMULATE_KEYS
+        spent = entry["num_drafted"] + entry["num_target_calls"]
+        assert spent == entry["num_emitted"] + entry["num_discarded"] + entry["num_cut"]
+    emitted = {entry["num_emitted"] for entry in answer["policies"]}
+    assert len(emitted) == 1  # one text, whatever the policy
+
+
+def test_replay_takes_times_as_measured_or_as_an_object_or_a_file(lines, trace, tmp_path):
+    (measured,) = lines("replay", trace, "--policy", "fixed:3")
+    assert measured["cost_origin"] == "measured" and measured["num_requests"] == 12
+    cost = {"kind": "table", "draft_time": 0.1, "verify_time": [1, 1, 1, 1, 2, 2, 2]}
+    (tmp_path / "cost.json").write_text(json.dumps(cost))
+    (given,) = lines("replay", trace, "--policy", "fixed:3", "--cost", json.dumps(cost))
+    (read,) = lines("replay", trace, "--policy", "fixed:3", "--cost", tmp_path / "cost.json")
+    assert given == read and given["verify_time"] == cost["verify_time"] and given["cost_origin"] == "declared"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "not a trace"),
+        (lambda folder: (folder / "manifest.json").write_text("{"), "not a trace manifest"),
+        (lambda folder: (folder / "shard-00000.safetensors").unlink(), "shard-00000.safetensors: shard is missing"),
+        (lambda folder: (folder / "shard-00000.safetensors").write_bytes(b"0"), "shard-00000.safetensors: shard is d"),
+    ],
+)
+def test_a_damaged_trace_is_refused_in_one_line(capsys, trace, tmp_path, damage, message):
+    folder = tmp_path / "trace"
+    shutil.copytree(trace, folder)
+    damage(folder)
+    capsys.readouterr()
+    assert main(["replay", str(folder), "--policy", "fixed:3", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("policy", ["fixed:7", "rejection:0.5,signal=head", "optimal:none.json"])
+def test_a_policy_that_a_trace_cannot_hold_is_refused(capsys, trace, policy):
+    capsys.readouterr()
+    assert main(["replay", str(trace), "--policy", "fixed:1", policy]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and policy.removeprefix("optimal:") in err
+
+
+def test_schema_and_policies_list_what_can_be_typed(lines, text):
+    (schema,) = lines("schema")
+    assert schema["acceptance"]["iid"] == ["accept_prob"] and schema["max_candidates"] == [1, 1024]
+    rules = lines("policies")
+    assert {"fixed", "rejection", "lookahead", "optimal", "oracle"} <= {rule["name"] for rule in rules}
+    assert all(rule["usage"] and rule["does"] for rule in rules)
+    assert "markov_modulated" in text("schema") and "rejection:h" in text("policies")
+
+
+def test_people_get_tables(text, trace):
+    solved = text("solve", PROBLEM)
+    assert str(PROBLEM) in solved and "throughput" in solved and "regime 1" in solved
+    evaluated = text("evaluate", PROBLEM, "--policy", "optimal", "fixed:4")
+    assert [line.split()[0] for line in evaluated.splitlines()] == ["policy", "optimal", "fixed:4"]
+    assert "throughput_se" in text("simulate", PROBLEM, "--policy", "fixed:4", "fixed:2", "--rounds", "100")
+    replayed = text("replay", trace, "--policy", "rejection:0.5", "fixed:2", "--cost", "0.2")
+    assert "token_accept_prob" in replayed and "declared" in replayed  # a perfect head is named as one
+
+
+def test_a_line_of_json_holds_no_nan_and_any_array():
+    value = {"a": np.float64("nan"), "b": [math.inf, 1], "c": np.arange(3), "d": (np.int64(2), "x", None, True)}
+    assert json_line(value) == '{"a": null, "b": [null, 1], "c": [0, 1, 2], "d": [2, "x", null, true]}'
+    assert jsonable(np.array([[np.nan, 0.5]])) == [[None, 0.5]]
+
+
+def test_a_table_lines_up():
+    rows = [{"policy": "fixed:4", "x": 1.0, "y": None}, {"policy": "a", "x": 12.5, "y": [0.1, None]}]
+    assert table(rows).splitlines() == ["policy      x         y", "fixed:4     1         -", "a        12.5  [0.1, -]"]
+
+
+def test_text_that_the_terminal_cannot_show_is_no_error(capsys):
+    emit("file \udcff.json")
+    assert capsys.readouterr().out == "file \\udcff.json\n"
