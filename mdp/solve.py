@@ -227,9 +227,14 @@ def _thresholds(knots, rules, upper, after_bonus, bias_row, rate, verify_time):
     stop_slope, stop_price = after_bonus[:, None], rate * verify_time
     slope = rules[..., 0] + rules[..., 3:] @ bias_row - stop_slope
     price = rate * rules[..., 1] - stop_price
-    ahead = slope * knots - price >= 0.0
-    first = jnp.argmax(ahead, axis=1, keepdims=True)
-    before = jnp.maximum(first - 1, 0)
+    # Behind is an interval that ends at the threshold; it may start just above a tie at survival 0.
+    ahead, tie = slope * knots - price, TIE * (1.0 + jnp.abs(stop_price))
+    behind = (ahead < -tie) | ((knots == 0.0) & (ahead <= tie) & (slope < -tie))
+    last = knots.shape[0] - 1
+    always = ~behind.any(axis=1, keepdims=True)
+    before = jnp.where(always, 0, last - jnp.argmax(behind[:, ::-1], axis=1, keepdims=True))
+    never = ~always & (before == last)
+    first = jnp.minimum(before + 1, last)
 
     def crossing(index):
         rise = jnp.take_along_axis(slope, index, axis=1)
@@ -237,15 +242,13 @@ def _thresholds(knots, rules, upper, after_bonus, bias_row, rate, verify_time):
 
     low, high = knots[before], knots[first]
     found = jnp.clip(jnp.minimum(crossing(first), crossing(before)), low, high)
-    found = jnp.where(first == 0, 0.0, found)
-    never = ~ahead.any(axis=1, keepdims=True)
-    last = knots.shape[0] - 1
+    found = jnp.where(always, 0.0, found)
     point = jnp.where(never, 1.0, found)
     start, end = jnp.where(never, last - 1, before), jnp.where(never, last, first)
     width = knots[end] - knots[start]
     share = jnp.where(width > 0, (point - knots[start]) / jnp.where(width > 0, width, 1.0), 0.0)
     value = (1.0 - share) * jnp.take_along_axis(upper, start, axis=1) + share * jnp.take_along_axis(upper, end, axis=1)
-    slack = jnp.where(first + never == 0, 0.0, value - (point * stop_slope - stop_price))
+    slack = jnp.where(always, 0.0, value - (point * stop_slope - stop_price))
     return jnp.where(never, jnp.inf, found)[:, 0], slack[:, 0]
 
 
