@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.sparse.csgraph import connected_components
 
+from mdp.chain import recurrent_classes, stationary_law
 from mdp.entrants import fit_depth, label, needs, read
 from mdp.metrics import Tally
 from mdp.policy import Observation, Oracle, Policy, PolicySpec
@@ -100,41 +100,17 @@ def evaluate(
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
     law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
-    weights = stationary_law(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
+    weights = np.ones(1)
+    if finite.persistent:
+        classes = recurrent_classes(law.next_start, finite.initial)
+        if len(classes) > 1:
+            raise ValueError(f"policy {spec.text!r}: its start regimes fall into {len(classes)} recurrent classes")
+        weights = stationary_law(law.next_start, classes[0])
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     tally = Tally(num_target_calls=1.0, num_drafted=drafted, num_emitted=emitted,
                   num_discarded=drafted - (emitted - 1.0), num_cut=0.0, time=time)  # fmt: skip
     speedup = float(tally.throughput) * float(finite.verify_time[0])
     return Evaluation(spec.text, tally, speedup, None if solution is None else solution.bounds)
-
-
-def stationary_law(law: RoundLaw, initial: np.ndarray, text: str = "policy") -> Float[np.ndarray, " Z"]:
-    """Long-run law of the start regime under a policy, from where `initial` leads.
-
-    Raises:
-        ValueError: if there are several recurrent classes.
-    """
-    chain = law.next_start
-    size = len(chain)
-    starts = np.flatnonzero((initial > 0) @ _closure(chain > 0))
-    inside = chain[np.ix_(starts, starts)]
-    count, labels = connected_components(inside > 0, connection="strong")
-    leaves = {labels[i] for i, j in np.argwhere(inside > 0) if labels[i] != labels[j]}
-    if count - len(leaves) > 1:
-        raise ValueError(f"policy {text!r}: its start regimes fall into {count - len(leaves)} recurrent classes")
-    matrix = np.vstack([(np.eye(len(starts)) - inside).T, np.ones(len(starts))])
-    answer = np.linalg.lstsq(matrix, np.append(np.zeros(len(starts)), 1.0), rcond=None)[0]
-    weights = np.zeros(size)
-    weights[starts] = np.maximum(answer, 0.0) / np.maximum(answer, 0.0).sum()
-    return weights
-
-
-def _closure(edges: np.ndarray) -> np.ndarray:
-    """Which regimes can be reached from which, in any number of rounds, none included."""
-    reach = edges | np.eye(len(edges), dtype=bool)
-    for _ in range(int(np.ceil(np.log2(len(edges)))) + 1):
-        reach = (reach.astype(np.float32) @ reach.astype(np.float32)) > 0
-    return reach
 
 
 def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:

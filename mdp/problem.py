@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float
 from scipy.sparse.csgraph import connected_components
 
 from mdp.acceptance import IID, AcceptanceProcess, MarkovModulated, Position, square
+from mdp.chain import reachable
 from mdp.cost import Affine, Cost, Table
 
 __all__ = ["FiniteProblem", "Persistent", "StoppingProblem", "cost_from_dict", "load", "loads", "schema", "start_graph"]
@@ -127,8 +128,8 @@ class StoppingProblem:
                 "cost: a persistent problem needs k * draft_time + V(k) non-decreasing, "
                 f"it falls from k = {falls[0]} to {falls[0] + 1}"
             )
-        graph, reachable = start_graph(finite)
-        count, _ = connected_components(graph[np.ix_(reachable, reachable)], connection="strong")
+        graph, starts = start_graph(finite)
+        count, _ = connected_components(graph[np.ix_(starts, starts)], connection="strong")
         if count > 1:
             raise ValueError(
                 f"coupling: the start regimes fall into {count} classes that cannot all reach each other "
@@ -159,10 +160,7 @@ def start_graph(problem: FiniteProblem) -> tuple[Bool[np.ndarray, "Z Z"], Bool[n
         edges = edges | ((drafted & (accept_prob < 1)) @ (problem.rejection > 0))
         survived = drafted & (accept_prob > 0)
         edges = edges | (survived @ (problem.bonus > 0))
-    reachable = problem.initial > 0
-    for _ in range(size):
-        reachable = reachable | (reachable @ edges)
-    return edges, reachable
+    return edges, reachable(edges, problem.initial > 0)
 
 
 def _to_dict(part: Any) -> dict[str, Any]:

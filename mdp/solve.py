@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdp.chain import recurrent_classes, stationary_law
 from mdp.policy import TIE, ThresholdTable
 from mdp.problem import FiniteProblem, StoppingProblem, start_graph
 
@@ -51,7 +52,7 @@ THRESHOLD_TOLERANCE = 1e-6
 
 MAX_SWEEPS = 60
 NEVER = -1e30  # the value of CONTINUE where it is not allowed; finite, so that interpolation makes no NaN
-SIZES = [size for power in range(16) for size in (2**power, 3 * 2**power)]
+SIZES = sorted(size for power in range(16) for size in (2**power, 3 * 2**power))
 
 
 class SolveStatus(enum.Enum):
@@ -280,20 +281,21 @@ def _iterate(problem: _Arrays, grid: _Grid, rate: Any, bias: Any, max_sweeps: in
     """Improve until the rate stands still; the last sweep is the one done at the rate and bias returned."""
 
     def go_on(carry):
-        done, result = carry
-        return ~done & (result.num_sweeps < max_sweeps)
+        stalled, _, result = carry
+        return (stalled < 2) & (result.num_sweeps < max_sweeps)
 
     def body(carry):
-        _, result = carry
+        stalled, best, result = carry
         new_rate, new_bias = _improve(problem, result.sweep, result.bias)
         sweep = _sweep(problem, grid, new_rate, new_bias)
-        size = jnp.abs(new_bias * problem.reachable).max() + 1.0
-        moved = jnp.abs((new_bias - result.bias) * problem.reachable).max() > 1e-13 * size
-        done = (jnp.abs(new_rate - result.rate) <= 1e-15 * new_rate) & ~moved
-        return done, _Result(new_rate, new_bias, sweep, result.num_sweeps + 1)
+        # A policy's own rate can only rise; when it no longer does, the knots are what limits the bounds.
+        still = new_rate <= best * (1.0 + 1e-15)
+        settled = jnp.abs((new_bias - result.bias) * problem.reachable).max() <= 1e-13 * (1.0 + jnp.abs(new_bias).max())
+        stalled = jnp.where(still, stalled + 1 + settled, 0)
+        return stalled, jnp.maximum(best, new_rate), _Result(new_rate, new_bias, sweep, result.num_sweeps + 1)
 
     start = _Result(rate, bias, _sweep(problem, grid, rate, bias), jnp.asarray(1))
-    return jax.lax.while_loop(go_on, body, (jnp.asarray(False), start))[1]
+    return jax.lax.while_loop(go_on, body, (jnp.asarray(0), rate * 0.0, start))[2]
 
 
 def _padded(size: int) -> int:
@@ -459,11 +461,8 @@ def _bounds(finite: FiniteProblem, arrays: _Arrays, result: _Result) -> tuple[fl
 def _rates(arrays: _Arrays, result: _Result) -> dict[str, float]:
     """Long-run rates of the policy found, under the stationary law of the start regime."""
     sweep, law = result.sweep, arrays.initial
-    if arrays.bonus is not None:
-        size = len(law)
-        chain = (1 - 1e-12) * sweep.next_start + 1e-12 * law
-        matrix = np.vstack([(np.eye(size) - chain).T, np.ones(size)])
-        law = np.linalg.lstsq(matrix, np.append(np.zeros(size), 1.0), rcond=None)[0]
+    if arrays.bonus is not None:  # several classes tie if all of them are optimal: any one will do
+        law = stationary_law(sweep.next_start, recurrent_classes(sweep.next_start, law)[0])
     emitted, drafted = float(law @ sweep.emitted), float(law @ sweep.drafted)
     return {
         "block_efficiency": emitted,

@@ -1,0 +1,37 @@
+"""Chains of round starts: which start regime follows which, and how often each is met in the long run."""
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.sparse.csgraph import connected_components
+
+__all__ = ["reachable", "recurrent_classes", "stationary_law"]
+
+
+def reachable(edges: Bool[np.ndarray, "Z Z"], start: Bool[np.ndarray, " Z"]) -> Bool[np.ndarray, " Z"]:
+    """Regimes that can be met from `start` in any number of steps, none included."""
+    seen = np.asarray(start, dtype=bool)
+    while True:
+        more = seen | edges[seen].any(axis=0)
+        if (more == seen).all():
+            return seen
+        seen = more
+
+
+def recurrent_classes(chain: Float[np.ndarray, "Z Z"], initial: Float[np.ndarray, " Z"]) -> list[np.ndarray]:
+    """The closed classes of regimes that the chain can end up in from `initial`."""
+    edges = chain > 0
+    met = np.flatnonzero(reachable(edges, initial > 0))
+    count, labels = connected_components(edges[np.ix_(met, met)], connection="strong")
+    classes = [met[labels == label] for label in range(count)]
+    return [members for members in classes if not np.delete(edges[members], members, axis=1).any()]
+
+
+def stationary_law(chain: Float[np.ndarray, "Z Z"], members: np.ndarray) -> Float[np.ndarray, " Z"]:
+    """Long-run law of the chain inside one closed class."""
+    inside = chain[np.ix_(members, members)]
+    size = len(members)
+    matrix = np.vstack([(np.eye(size) - inside).T, np.ones(size)])
+    law = np.linalg.lstsq(matrix, np.append(np.zeros(size), 1.0), rcond=None)[0]
+    out = np.zeros(len(chain))
+    out[members] = np.maximum(law, 0.0) / np.maximum(law, 0.0).sum()
+    return out
