@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdp import entrants
 from mdp.fit import SignalModel
 from mdp.metrics import Tally
-from mdp.policy import Observation, Outcome, Policy
+from mdp.policy import Observation, Outcome, Policy, PolicySpec
 from realmodels.pair import ModelPair
 from realmodels.reader import Reader
 from realmodels.sampling import Sampling
@@ -79,7 +80,9 @@ def total(runs: Sequence[Decoded]) -> Tally:
     return Tally(*(sum(getattr(tally, name) for tally in tallies) for name in names)).check_balance()
 
 
-def decode_all(pair: ModelPair, prompts: Sequence[Sequence[int]], policy: Policy, **options: Any) -> list[Decoded]:
+def decode_all(
+    pair: ModelPair, prompts: Sequence[Sequence[int]], policy: str | Policy | PolicySpec, **options: Any
+) -> list[Decoded]:
     """`decode` each prompt, with its own draws even where prompts are equal."""
     return [
         decode(pair, prompt, policy, request=request, **options)
@@ -90,7 +93,7 @@ def decode_all(pair: ModelPair, prompts: Sequence[Sequence[int]], policy: Policy
 def decode(
     pair: ModelPair,
     prompt: Sequence[int],
-    policy: Policy,
+    policy: str | Policy | PolicySpec,
     *,
     max_candidates: int = 12,
     max_new_tokens: int = 128,
@@ -104,6 +107,7 @@ def decode(
     """Continue `prompt` by speculative decoding under `policy`.
 
     Args:
+        policy: a policy string or a rule; a bare `optimal` must have been solved by the caller.
         estimator: gives the rule its observation; None shows the features, and with `score` survival from them.
         score: run the target on every drafted token, for rules that read `token_accept_prob`.
         request: address of the draws (`realmodels.streams`); None names it after the prompt.
@@ -117,22 +121,22 @@ def decode(
     if estimator is None and score:
         estimator = SignalModel()
     sight = _Sight(estimator, (*_LIVE, *_SCORED) if score else _LIVE)
-    sight.check(policy)
+    rule = sight.admit(entrants.read([policy])[0], max_candidates)
     run = _Run(pair, sampling, list(prompt), stream(seed, request or request_id(prompt), "live"), score)
-    state, rounds, emitted = policy.init(), [], 0
+    state, rounds, emitted = rule.init(), [], 0
     start = time.perf_counter()
     while emitted < max_new_tokens:
         sight.restart()
         most, drafted = min(max_candidates, max_new_tokens - emitted - 1), []
         while len(drafted) < most and not (drafted and drafted[-1] in pair.end_token_ids):
-            state, stop = policy.stop(state, sight.observation(len(drafted)))
+            state, stop = rule.stop(state, sight.observation(len(drafted)))
             if stop:
                 break
             token, features = run.draft()
             drafted.append(token)
             sight.update(features)
         num_accepted, tokens = run.verify()
-        state = policy.end_round(state, Outcome(len(drafted), num_accepted))
+        state = rule.end_round(state, Outcome(len(drafted), num_accepted))
         emitted += len(tokens)
         rounds.append(Round(len(drafted), num_accepted, len(tokens), num_accepted + 1 - len(tokens)))
         if tokens[-1] in pair.end_token_ids:
@@ -162,19 +166,23 @@ class _Sight:
             return self.estimator.observation(self.state, num_candidates, self.features)
         return Observation(num_candidates, **{k: v for k, v in self.features.items() if k in Observation._fields})
 
-    def check(self, policy: Policy) -> None:
-        """Refuse a rule or an estimator that reads what is not there."""
+    def admit(self, spec: PolicySpec, max_candidates: int) -> Policy:
+        """The rule of `spec` at this depth, refused if it or the estimator reads what is not there."""
+        if spec.policy is None:
+            raise ValueError(f"policy {spec.text!r}: not solved; give the table of a solution, optimal:FILE")
         signal = getattr(self.estimator, "signal", None)
-        first = None if signal and signal not in self.features else self.observation(0)
-        lacking = [signal] if first is None else [n for n in policy.needs if getattr(first, n) is None]
-        # A table of one column is read without a regime.
-        columns = getattr(policy, "survival_threshold", np.empty((0, 2))).shape[-1]
-        lacking = [name for name in lacking if not (name == "regime" and columns == 1)]
+        if signal is not None and signal not in self.features:
+            lacking = [signal]
+        else:
+            first = self.observation(0)
+            lacking = sorted(name for name in entrants.needs(spec.policy) if getattr(first, name) is None)
         if lacking:
             raise ValueError(
-                f"policy {type(policy).__name__} needs {lacking[0]}, which this live run does not show"
+                f"policy {spec.text!r} needs {lacking[0]}, which this live run does not show"
                 " (token_accept_prob: score=True; survival, next_accept_prob, regime: an estimator)"
             )
+        chain = getattr(self.estimator, "transition", None)
+        return entrants.fit_depth(spec.text, spec.policy, max_candidates, 1 if chain is None else len(chain))
 
 
 @dataclass

@@ -113,7 +113,10 @@ def _load(
         path = find_gguf(BUNDLED_PACKAGE if spec == "bundled" else spec.removeprefix("gguf:"))
         digest = file_digest(path)
         about |= {"name": path.stem, "sha256": {path.name: digest}}
-        source = str(converted(path, digest))
+        try:
+            source = str(converted(path, digest))
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(f"gguf: cannot convert {path} ({_first_line(error)})") from error
     elif Path(spec).is_dir():
         files = sorted(Path(spec).glob("*.safetensors"))
         if not (Path(spec) / "config.json").is_file() or not files:

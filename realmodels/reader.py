@@ -36,7 +36,7 @@ class Reader:
     def __init__(self, model: Any, batch_size: int, vocab_size: int):
         from transformers import DynamicCache
 
-        self.model = model
+        self.model, self.dtype = model, model.dtype
         self.vocab_size = vocab_size
         self.cache = DynamicCache(config=model.config)
         self.owner = torch.empty((batch_size, 0), dtype=torch.long, device=model.device)
@@ -74,9 +74,8 @@ class Reader:
         own = self.owner[:, None, :] == owner[:, :, None]
         own &= self.position[:, None, :] <= position[:, :, None]
         trunk = (self.owner == PATH)[:, None, :] & (self.position[:, None, :] < fork[:, :, None])
-        dtype = self.model.dtype
-        mask = torch.zeros(own.shape, dtype=dtype, device=device)
-        mask.masked_fill_(~(own | trunk), torch.finfo(dtype).min)
+        mask = torch.zeros(own.shape, dtype=self.dtype, device=device)
+        mask.masked_fill_(~(own | trunk), torch.finfo(self.dtype).min)
         keep = tokens.shape[1] if keep is None else keep
         out = self.model(
             input_ids=tokens,

@@ -1,0 +1,298 @@
+"""Recording: the coupled trace against a naive recomputation, its laws, its shape on disk, and being killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from mdp.trace import FEATURES, load  # noqa: E402
+from realmodels.pair import load_pair  # noqa: E402
+from realmodels.record import measure_times, record  # noqa: E402
+from realmodels.streams import request_id, request_ids, stream, uniforms  # noqa: E402
+
+torch.set_num_threads(1)  # tiny models: a second thread only waits
+
+SETTINGS = {"max_candidates": 5, "max_new_tokens": 20, "top_k": 8, "timing_repeats": 0}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return load_pair("tiny", "tiny")
+
+
+def make_prompts(count, seed=0):
+    """Prompts of unequal lengths, two of them equal."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(2, 24, rng.integers(1, 9)).tolist() for _ in range(count)]
+    prompts[count // 2] = prompts[0]
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def trace(pair, tmp_path_factory):
+    return record(pair, make_prompts(24), tmp_path_factory.mktemp("trace"), **SETTINGS)
+
+
+def law(model, tokens, top_k, temperature=1.0):
+    """The warped next-token law after `tokens`, in plain NumPy, without cache, batch or padding."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokens])).logits[0, -1].double().numpy()
+    kept = np.argsort(logits)[-top_k:]
+    if temperature == 0:
+        kept, temperature = kept[-1:], 1.0
+    out = np.zeros(len(logits))
+    out[kept] = np.exp((logits[kept] - logits[kept].max()) / temperature)
+    return out / out.sum()
+
+
+def naive_features(pair, tokens, drafted, top_k, temperature):
+    p, q = (law(model, tokens, top_k, temperature) for model in (pair.target, pair.draft))
+    shown = law(pair.draft, tokens, top_k, temperature or 1.0)
+    positive = shown[shown > 0]
+    return {
+        "token_accept_prob": min(1.0, p[drafted] / q[drafted]),
+        "step_accept_prob": np.minimum(p, q).sum(),
+        "draft_prob": shown[drafted],
+        "top_prob": shown.max(),
+        "entropy": -(positive * np.log(positive)).sum(),
+    }
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 0.6])
+def test_every_recorded_number_equals_a_naive_recomputation(pair, tmp_path, temperature):
+    prompts = make_prompts(6, seed=2)
+    trace = record(pair, prompts, tmp_path, **{**SETTINGS, "temperature": temperature})
+    x, y = trace.optional["token"], trace.optional["draft_token"]
+    rolled, starts = trace.optional["rollout_draft_token"], trace.rollout_offsets
+    steps = 0
+    for r, prompt in enumerate(prompts):
+        first, last = trace.offsets[r : r + 2]
+        for i in range(first, last):
+            before = [*prompt, *x[first:i].tolist()]
+            wanted = naive_features(pair, before, y[i], SETTINGS["top_k"], temperature)
+            for key in FEATURES:
+                assert trace.features[key][i] == pytest.approx(wanted[key], abs=1e-5), (r, i, key)
+            assert trace.accepted[i] == (x[i] == y[i])
+            assert trace.drafts_end[i] == (y[i] in pair.end_token_ids)
+            for step in range(starts[i], starts[i + 1]):
+                steps += 1
+                branch = [*before, int(y[i]), *rolled[starts[i] : step].tolist()]
+                wanted = naive_features(pair, branch, rolled[step], SETTINGS["top_k"], temperature)
+                for key in FEATURES:
+                    assert trace.rollout_features[key][step] == pytest.approx(wanted[key], abs=1e-5), (r, i, step, key)
+        assert trace.ends[r] == (x[last - 1] in pair.end_token_ids)
+    assert steps > 30
+
+
+def test_batching_and_sharding_change_nothing(pair, trace, tmp_path):
+    prompts = make_prompts(24)
+    for name, sizes in (("single", {"batch_size": 1}), ("odd", {"batch_size": 5, "shard_size": 7})):
+        other = record(pair, prompts, tmp_path / name, **SETTINGS, **sizes)
+        for key in ("offsets", "accepted", "drafts_end", "ends", "rollout_offsets", "rollout_drafts_end"):
+            np.testing.assert_array_equal(getattr(trace, key), getattr(other, key))
+        for key in ("token", "draft_token", "rollout_draft_token"):
+            np.testing.assert_array_equal(trace.optional[key], other.optional[key])
+        for key in FEATURES:
+            np.testing.assert_allclose(trace.features[key], other.features[key], atol=1e-5)
+            np.testing.assert_allclose(trace.rollout_features[key], other.rollout_features[key], atol=1e-5)
+
+
+def test_a_request_is_recorded_alike_whatever_stands_beside_it(pair, trace, tmp_path):
+    prompts = make_prompts(24)
+    alone = record(pair, [prompts[5]], tmp_path, **SETTINGS)
+    first, last = trace.offsets[5:7]
+    np.testing.assert_array_equal(alone.optional["token"], trace.optional["token"][first:last])
+    np.testing.assert_array_equal(alone.accepted, trace.accepted[first:last])
+
+
+def test_the_trace_meets_all_ends(trace):
+    """Paths that end and paths at their limit, drafted end-of-text on the path and in rollouts, equal prompts."""
+    lengths = np.diff(trace.offsets)
+    assert trace.ends.any() and (lengths[~trace.ends] == SETTINGS["max_new_tokens"]).any()
+    assert trace.drafts_end.any() and trace.rollout_drafts_end.any()
+    assert (trace.accepted & trace.drafts_end).any()
+    first, middle = trace.offsets[0], trace.offsets[12]
+    assert trace.request_ids[0][:-1] == trace.request_ids[12][:-1]
+    assert trace.optional["token"][first : first + 5].tolist() != trace.optional["token"][middle : middle + 5].tolist()
+
+
+def test_rollouts_are_as_long_as_a_round_could_be(trace):
+    steps = np.diff(trace.rollout_offsets)
+    for r in range(trace.num_requests):
+        for i in range(*trace.offsets[r : r + 2]):
+            full = max(0, min(SETTINGS["max_candidates"] - 1, SETTINGS["max_new_tokens"] - 2 - (i - trace.offsets[r])))
+            if trace.accepted[i] or trace.drafts_end[i]:
+                assert steps[i] == 0
+            elif steps[i] < full:
+                assert trace.rollout_drafts_end[trace.rollout_offsets[i + 1] - 1]
+            else:
+                assert steps[i] == full
+
+
+def test_coupling_has_both_laws(pair, tmp_path):
+    """One prompt, recorded 3,000 times: x ~ p, y ~ q, accepted as often as the overlap, rollouts ~ the draft's law."""
+    prompt, count = [7, 3, 11], 3000
+    options = {**SETTINGS, "max_new_tokens": 3, "max_candidates": 2, "top_k": 6}
+    trace = record(pair, [prompt] * count, tmp_path, **options, batch_size=500, shard_size=count, store_top=0)
+    first = trace.offsets[:-1]
+    x, y = trace.optional["token"][first], trace.optional["draft_token"][first]
+    p, q = (law(model, prompt, 6) for model in (pair.target, pair.draft))
+    for drawn, wanted in ((x, p), (y, q)):
+        counts = np.bincount(drawn, minlength=len(wanted))
+        assert not counts[wanted == 0].any()
+        assert stats.chisquare(counts[wanted > 0], wanted[wanted > 0] * count).pvalue > 1e-3
+    overlap = np.minimum(p, q).sum()
+    error = np.sqrt(overlap * (1 - overlap) / count)
+    assert 0.3 < overlap < 0.97
+    assert abs(trace.accepted[first].mean() - overlap) < 4 * error
+    observed, wanted = [], []
+    begins = trace.rollout_offsets[first]
+    rolled = trace.rollout_offsets[first + 1] > begins
+    for token in np.unique(y[rolled]):
+        after = law(pair.draft, [*prompt, int(token)], 6)
+        counts = np.bincount(trace.optional["rollout_draft_token"][begins[rolled & (y == token)]], minlength=len(after))
+        common = after * counts.sum() >= 5
+        assert not counts[after == 0].any()
+        observed += [*counts[common], counts[~common].sum()]
+        wanted += [*(after[common] * counts.sum()), after[~common].sum() * counts.sum()]
+    observed, wanted = (np.array(v)[np.array(wanted) > 0] for v in (observed, wanted))
+    freedom = len(observed) - len(np.unique(y[rolled]))
+    assert stats.chi2.sf(((observed - wanted) ** 2 / wanted).sum(), freedom) > 1e-3
+
+
+def test_acceptance_is_the_mean_overlap(pair, tmp_path):
+    trace = record(pair, make_prompts(150, seed=4), tmp_path, **SETTINGS, batch_size=50, store_top=0)
+    overlap = trace.features["step_accept_prob"].astype(float)
+    error = np.sqrt((overlap * (1 - overlap)).sum()) / len(overlap)
+    assert abs(trace.accepted.mean() - overlap.mean()) < 4 * error
+    assert abs(trace.features["token_accept_prob"].mean() - overlap.mean()) < 4 * error
+    assert trace.manifest["mean_acceptance"] == pytest.approx(overlap.mean())
+
+
+def test_manifest_and_optional_arrays(pair, tmp_path):
+    prompts = make_prompts(4)
+    trace = record(
+        pair, prompts, tmp_path / "full", **{**SETTINGS, "timing_repeats": 2}, store_top=3, store_hidden=True
+    )
+    manifest = json.loads((tmp_path / "full" / "manifest.json").read_text())
+    for key in ("models", "dtype", "sampling", "seed", "prompts_sha256", "versions", "clamping", "replayable"):
+        assert key in manifest
+    assert manifest["draft_is_target_time"] is True and manifest["replayable"] is True
+    measured = manifest["measured"]
+    assert len(measured["verify_time"]) == SETTINGS["max_candidates"] + 1
+    assert min(measured["verify_time"]) > 0 and measured["draft_time"] > 0 and measured["machine"]
+    positions = trace.num_positions
+    assert trace.optional["hidden"].shape == (positions, 32) and trace.optional["hidden"].dtype == np.float16
+    assert trace.optional["draft_top_ids"].shape == (positions, 3)
+    assert trace.optional["draft_top_ids"].dtype == np.uint16
+    np.testing.assert_allclose(
+        np.exp(trace.optional["draft_top_logprobs"][:, 0].astype(float)), trace.features["top_prob"], atol=2e-3
+    )
+    private = record(pair, prompts, tmp_path / "private", **SETTINGS, store_tokens=False, store_hidden=True)
+    assert dict(private.optional) == {}
+    np.testing.assert_array_equal(private.accepted, trace.accepted)
+
+
+def test_whole_vocabulary_without_top_k(pair, tmp_path):
+    trace = record(pair, make_prompts(3), tmp_path, **{**SETTINGS, "top_k": 0})
+    assert trace.optional["draft_top_ids"].shape[1] == 24
+
+
+def test_no_rollouts_when_nothing_fails(tmp_path):
+    """A draft that is the target: all accepted, and the trace is still well formed."""
+    pair = load_pair("tiny", "rtn:bits=16,group=8")
+    trace = record(pair, make_prompts(3), tmp_path, **{**SETTINGS, "temperature": 0.0})
+    assert trace.accepted.all() and len(trace.rollout_drafts_end) == 0
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_recording_leaves_no_trace_and_can_be_redone(pair, tmp_path):
+    def stop_later(_, seen=[]):  # noqa: B006
+        seen.append(1)
+        if len(seen) == 3:
+            raise Interrupted
+
+    prompts = make_prompts(9)
+    with pytest.raises(Interrupted):
+        record(pair, prompts, tmp_path, **SETTINGS, shard_size=3, progress=stop_later)
+    assert list(tmp_path.glob("shard-*")) and not (tmp_path / "manifest.json").exists()
+    with pytest.raises(ValueError, match="not a trace"):
+        load(tmp_path)
+    again = record(pair, prompts[:3], tmp_path, **SETTINGS)
+    assert again.num_requests == 3 and len(list(tmp_path.glob("shard-*"))) == 1
+    with pytest.raises(ValueError, match="already holds a trace"):
+        record(pair, prompts, tmp_path, **SETTINGS)
+
+
+def test_a_killed_recording_leaves_no_trace(tmp_path):
+    out = tmp_path / "trace"
+    code = f"""
+from realmodels.pair import load_pair
+from realmodels.record import record
+record(load_pair("tiny", "tiny"), [[5, 7]] * 100_000, {str(out)!r}, max_new_tokens=8, timing_repeats=0,
+       batch_size=8, shard_size=8, progress=lambda count: print("batch", flush=True))
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
+    assert child.stdout is not None
+    for _ in range(3):
+        assert child.stdout.readline()
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait(timeout=60) == -signal.SIGKILL
+    child.stdout.close()
+    assert list(out.glob("shard-*.safetensors"))
+    with pytest.raises(ValueError, match="not a trace"):
+        load(out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_candidates": 0}, "max_candidates must be a whole number in 1..1024, got 0"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens must be"),
+        ({"temperature": -1.0}, "temperature must be 0 or"),
+        ({"temperature": float("nan")}, "temperature must be 0 or"),
+        ({"top_k": True}, "top_k must be"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"max_new_tokens": 600}, "positions, the models have 512"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(pair, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        record(pair, make_prompts(2), tmp_path / "out", **{**SETTINGS, **change})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_foreign_files_are_not_touched(pair, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"not empty \(holds thesis.txt\)"):
+        record(pair, make_prompts(2), tmp_path, **SETTINGS)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_measured_times(pair):
+    times = measure_times(pair, 4, context_length=16, repeats=2)
+    assert len(times["verify_time"]) == 5 and times["context_length"] == 16
+    low, high = times["verify_time_quartiles"]
+    assert all(a <= b <= c for a, b, c in zip(low, times["verify_time"], high, strict=True))
+
+
+def test_uniforms_are_addressed():
+    a = uniforms(1, "r", "path", 4, 6)
+    np.testing.assert_array_equal(a[:, :3], uniforms(1, "r", "path", 4, 3))
+    np.testing.assert_array_equal(a[2], stream(1, "r", "path", 2).random(6))
+    others = [uniforms(2, "r", "path", 4, 6), uniforms(1, "s", "path", 4, 6), uniforms(1, "r", "accept", 4, 6)]
+    assert all(not np.isin(a, other).any() for other in others)
+    assert request_ids([[1, 2], [3], [1, 2]]) == [request_id([1, 2]), request_id([3]), request_id([1, 2], 1)]
