@@ -53,7 +53,7 @@ PILOT_ROUNDS, PILOT_LANES = 2**16, 64
 START, PILOT = 2**31, 2**31 + 1
 """Addresses that no round has, counted (0, 1, ..) or burnt in (-1, -2, ..)."""
 
-COINS_PER_CHUNK = 2**22
+SHORT_CHUNK, LONG_CHUNK, COINS_PER_CHUNK = 32, 512, 2**22
 SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted"})
 
 
@@ -194,8 +194,9 @@ def _stateless(rule: Policy) -> bool:
 def _play(finite: FiniteProblem, specs: list, rules: list, key: Any, quota: np.ndarray) -> list[Tally]:
     """All policies through all rounds, chunk by chunk, so that a chunk's coins are drawn once for all of them."""
     world, size, needed = _world(finite), len(quota), int(quota.max())
-    most = min(512, max(1, COINS_PER_CHUNK // ((2 * finite.max_candidates + 1) * size)))
-    chunk = min(1 << most.bit_length() - 1, 1 << (needed - 1).bit_length())
+    # Two sizes of chunk, so that another number of rounds seldom means another compilation.
+    affordable = COINS_PER_CHUNK // ((2 * finite.max_candidates + 1) * MAX_REPLICAS)
+    chunk = min(SHORT_CHUNK if needed <= SHORT_CHUNK else LONG_CHUNK, affordable)
     before = -(-max(MIN_BURN_IN, needed // 5) // chunk)
     replica_keys = jax.vmap(partial(jr.fold_in, key))(jnp.arange(size, dtype=jnp.uint32))
     starts = [_start(world, finite, spec.text, rule, key) for spec, rule in zip(specs, rules, strict=True)]
@@ -254,9 +255,18 @@ def _begin(rule: Any, law: Any, replica_keys: Any) -> Any:
 
     def one(replica_key: Any) -> Any:
         coin = jr.uniform(jr.fold_in(replica_key, np.uint32(START)), dtype=jnp.float64)
-        return jax.tree_util.tree_map(jnp.asarray, rule.init()), _pick(law, jnp.zeros((), jnp.int64), len(law), coin)
+        return _initial_state(rule), _pick(law, jnp.zeros((), jnp.int64), len(law), coin)
 
     return jax.vmap(one)(replica_keys)
+
+
+def _initial_state(rule: Any) -> Any:
+    """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
+    state = jax.tree_util.tree_map(jnp.asarray, rule.init())
+    no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
+    seen = Observation(whole, real, real, whole, real, next_accepted=no)
+    after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], Outcome(whole, whole)), state)
+    return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)
 
 
 @jax.jit
@@ -277,8 +287,7 @@ def _pilot(world: _World, rule: Any, key: Any, repeats: int) -> Any:
     starts = jnp.tile(jnp.arange(size, dtype=jnp.int64), PILOT_LANES)
 
     def one(start: Any, lane_key: Any) -> Any:
-        state = jax.tree_util.tree_map(jnp.asarray, rule.init())
-        return _draft(world, rule, state, start, jr.uniform(lane_key, (2 * depth,), dtype=jnp.float64))
+        return _draft(world, rule, _initial_state(rule), start, jr.uniform(lane_key, (2 * depth,), dtype=jnp.float64))
 
     def repeat(total: Any, repeat_key: Any) -> Any:
         end = jax.vmap(one)(starts, jr.split(repeat_key, len(starts)))
