@@ -27,11 +27,19 @@ def recurrent_classes(chain: Float[np.ndarray, "Z Z"], initial: Float[np.ndarray
 
 
 def stationary_law(chain: Float[np.ndarray, "Z Z"], members: np.ndarray) -> Float[np.ndarray, " Z"]:
-    """Long-run law of the chain inside one closed class."""
-    inside = chain[np.ix_(members, members)]
-    size = len(members)
-    matrix = np.vstack([(np.eye(size) - inside).T, np.ones(size)])
-    law = np.linalg.lstsq(matrix, np.append(np.zeros(size), 1.0), rcond=None)[0]
+    """Long-run law of the chain inside one closed class.
+
+    Regimes are eliminated one by one (Grassmann, Taksar and Heyman 1985). Nothing is subtracted, so a chain whose
+    parts hardly ever meet loses no digits.
+    """
+    rest = chain[np.ix_(members, members)]
+    for last in range(len(members) - 1, 0, -1):
+        rest[:last, last] /= rest[last, :last].sum()
+        rest[:last, :last] += np.outer(rest[:last, last], rest[last, :last])
+    law = np.ones(1)
+    for last in range(1, len(members)):
+        law = np.append(law, law @ rest[:last, last])
+        law /= law.sum()
     out = np.zeros(len(chain))
-    out[members] = np.maximum(law, 0.0) / np.maximum(law, 0.0).sum()
+    out[members] = law
     return out
