@@ -100,20 +100,20 @@ def test_exactly_as_many_rounds_as_asked(number):
 
 
 def test_same_key_same_result_and_other_key_another():
-    one, two, other = (simulate(renewal(), ["rejection:0.5", "fixed:2"], rounds=2000, key=k).to_dict()
+    one, two, other = (simulate(renewal(), ["rejection:0.5", "fixed:2"], rounds=10_000, key=k).to_dict()
                        for k in (7, 7, 8))  # fmt: skip
     assert one == two
     assert one["policies"] != other["policies"]
-    assert (one["seed"], simulate(renewal(), ["fixed:1"], rounds=10, key=jr.key(7)).seed) == (7, None)
-    assert simulate(renewal(), ["fixed:2"], rounds=2000, key=jr.key(7)).policies[0].total == (
-        simulate(renewal(), ["fixed:2"], rounds=2000, key=7).policies[0].total
+    assert (one["seed"], simulate(renewal(), ["fixed:2"], rounds=10_000, key=jr.key(7)).seed) == (7, None)
+    assert simulate(renewal(), ["fixed:2"], rounds=10_000, key=jr.key(7)).policies[0].total == (
+        simulate(renewal(), ["fixed:2"], rounds=10_000, key=7).policies[0].total
     )
 
 
 @pytest.mark.parametrize("problem", [renewal(), persistent()])
 def test_what_one_policy_earns_does_not_depend_on_the_others(problem):
-    alone = simulate(problem, ["rejection:0.5"], rounds=3000, key=1).policies[0]
-    among = simulate(problem, ["fixed:4", "rejection:0.5", "oracle"], rounds=3000, key=1).policies[1]
+    alone = simulate(problem, ["rejection:0.5"], rounds=10_000, key=1).policies[0]
+    among = simulate(problem, ["fixed:4", "rejection:0.5", "oracle"], rounds=10_000, key=1).policies[1]
     assert alone.total == among.total
 
 
@@ -123,7 +123,7 @@ def test_common_coins_make_differences_sharper(problem):
     base = result.policies[0].throughput.se
     for policy, difference in zip(result.policies[1:], result.differences, strict=True):
         assert difference.throughput_difference.se < 0.8 * np.hypot(base, policy.throughput.se)
-    same = simulate(problem, ["fixed:3", ThresholdTable(np.zeros((3, 1)))], rounds=2000, key=2)
+    same = simulate(problem, ["fixed:3", ThresholdTable(np.zeros((3, 1)))], rounds=10_000, key=2)
     assert same.differences[0].throughput_difference == (0.0, 0.0)
 
 
@@ -206,15 +206,15 @@ class Named(Policy):
 
 def test_rule_with_a_state_iid():
     """Always-accepted candidates: the length grows by one a round up to the most there can be."""
-    result = simulate(StoppingProblem(IID(1.0), COST, 5), [OneMore(1)], rounds=1000, key=0)
-    assert result.policies[0].total.num_drafted == 5000  # the burn-in has passed lengths 1..4
-    result = simulate(StoppingProblem(IID(0.0), COST, 5), [OneMore(3)], rounds=1000, key=0)
-    assert result.policies[0].total.num_drafted == 1000
+    result = simulate(StoppingProblem(IID(1.0), COST, 5), [OneMore(1)], rounds=10_000, key=0)
+    assert result.policies[0].total.num_drafted == 50_000  # the burn-in has passed lengths 1..4
+    result = simulate(StoppingProblem(IID(0.0), COST, 5), [OneMore(3)], rounds=10_000, key=0)
+    assert result.policies[0].total.num_drafted == 10_000
 
 
 def test_state_may_turn_from_whole_to_real():
-    result = simulate(StoppingProblem(IID(1.0), COST, 5), [Smoothed()], rounds=1000, key=0)
-    assert result.policies[0].total.num_drafted == 1000
+    result = simulate(StoppingProblem(IID(1.0), COST, 5), [Smoothed()], rounds=10_000, key=0)
+    assert result.policies[0].total.num_drafted == 10_000
 
 
 def test_rule_with_a_state_is_a_chain_over_its_state():
@@ -234,14 +234,14 @@ def test_rule_with_a_state_is_a_chain_over_its_state():
 
 def test_one_compilation_per_class_and_shape():
     Counting.traced = 0
-    simulate(renewal(), [Counting(0.2)], rounds=1000, key=0)
+    simulate(renewal(), [Counting(0.2)], rounds=10_000, key=0)
     once = Counting.traced
     assert once > 0
-    simulate(renewal(), [Counting(0.3), Counting(0.9)], rounds=1000, key=1)
+    simulate(renewal(), [Counting(0.3), Counting(0.9)], rounds=10_000, key=1)
     harder = MarkovModulated(np.full((3, 3), 1 / 3), [0.1, 0.2, 0.3], [1.0, 0.0, 0.0])
-    simulate(StoppingProblem(harder, Affine(0.5, 2.0), 6), [Counting(0.5)], rounds=1000, key=2)
+    simulate(StoppingProblem(harder, Affine(0.5, 2.0), 6), [Counting(0.5)], rounds=10_000, key=2)
     assert Counting.traced == once
-    simulate(renewal(5), [Counting(0.2)], rounds=1000, key=0)
+    simulate(renewal(5), [Counting(0.2)], rounds=10_000, key=0)
     assert Counting.traced > once
 
 
@@ -275,6 +275,6 @@ def test_no_policies():
 
 
 def test_long_rounds_and_one_candidate():
-    agrees(renewal(1), simulate(renewal(1), ["fixed:1", "rejection:0.1"], rounds=2000, key=0))
+    agrees(renewal(1), simulate(renewal(1), ["fixed:1", "rejection:0.1"], rounds=20_000, key=0))
     problem = StoppingProblem(IID(0.99), COST, 300)
     agrees(problem, simulate(problem, ["fixed:300", "rejection:0.9"], rounds=500, key=0))
