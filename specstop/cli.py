@@ -150,6 +150,14 @@ def build_parser() -> Parser:
     )  # fmt: skip
     replay.add_argument("--level", type=fraction, default=0.95, help="of the intervals (default 0.95)")
 
+    decode = verb("decode", "continue a prompt with a real pair under a policy", "The text has the target's law.")
+    pair(decode)
+    decode.add_argument("--policy", metavar="P", required=True, help="a stopping rule; see `specstop policies`")
+    decode.add_argument("--prompt", metavar="TEXT", required=True, help="goes through the chat template, if any")
+    decode.add_argument("--trace", help="recorded with this pair: calibrates the signal that the rule reads")
+    decode.add_argument("--score", action="store_true", help="show token_accept_prob: a perfect head, slowly")
+    sampling(decode)
+
     demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")
     demo.add_argument("--out", default="out", metavar="DIR", help="default out")
     demo.add_argument("--quick", action="store_true", help="a small run that shows the same files")

@@ -8,18 +8,25 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from specstop import inputs
 from specstop.output import emit, json_line, key_values, table
 
-__all__ = ["demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
+__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
 
 DONE, NOT_CONVERGED = 0, 3
 
 POLICY_COLUMNS = (
     "policy", "signal", "throughput", "throughput_se", "throughput_interval", "speedup", "block_efficiency",
     "verification_rate", "discard_rate", "mean_candidates", "gap",
+)  # fmt: skip
+
+DECODE_COLUMNS = (
+    "num_emitted", "num_drafted", "num_discarded", "num_cut", "num_target_calls", "block_efficiency",
+    "verification_rate", "discard_rate", "throughput",
 )  # fmt: skip
 
 
@@ -156,13 +163,69 @@ def record(args: Namespace) -> int:
     return DONE
 
 
+def decode(args: Namespace) -> int:
+    """Decode one prompt with a real pair under a policy."""
+    (spec,) = inputs.read_policies([args.policy])
+    if spec.policy is None:
+        raise ValueError(f"policy {spec.text!r}: a live run loads a saved table, optimal:FILE")
+    if spec.signal is not None and args.trace is None:
+        raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is calibrated on a trace; give --trace")
+    estimator = None if args.trace is None else _estimator(args.trace, spec.signal)
+
+    from realmodels.decode import decode
+    from realmodels.pair import load_pair, load_prompts
+
+    pair = load_pair(args.target, args.draft)
+    if pair.tokenizer is None:
+        raise ValueError("--prompt: this pair has no tokenizer, it cannot read text")
+    with TemporaryDirectory() as folder:
+        # prompts have one way in, whether they were typed or stored
+        typed = Path(folder) / "prompt.jsonl"
+        typed.write_text(json_line({"prompt": args.prompt}), encoding="utf-8")
+        (prompt,) = load_prompts(typed, pair)
+    run = decode(
+        pair,
+        prompt,
+        spec.policy,
+        max_candidates=args.max_candidates,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        seed=args.seed,
+        estimator=estimator,
+        score=args.score or spec.signal == "token_accept_prob",
+    )
+    tally = run.tally
+    result = {
+        "policy": spec.text,
+        "text": pair.tokenizer.decode(run.tokens, skip_special_tokens=True),
+        "tokens": run.tokens,
+        **{name: getattr(tally, name) for name in DECODE_COLUMNS},
+        "draft_time": run.draft_time,
+        "verify_time": run.verify_time,
+        "seconds": run.time,
+    }
+    if args.json:
+        emit(json_line(result))
+    else:
+        emit(result.pop("text") + "\n\n" + key_values({k: v for k, v in result.items() if k != "tokens"}))
+    return DONE
+
+
+def _estimator(folder: str, signal: str | None) -> Any:
+    from mdp.fit import PERFECT, fit_signal, split_requests
+    from mdp.trace import load
+
+    trace = load(folder)
+    return fit_signal(trace, signal or PERFECT, split_requests(trace)[0])
+
+
 def demo(args: Namespace) -> int:
     """The main job end to end."""
     from specstop.demo import run
 
-    result = run(args.out, quick=args.quick)
-    if args.json and isinstance(result, Mapping):
-        emit(json_line(result))
+    summary = run(args.out, quick=args.quick)
+    emit(json_line(summary) if args.json else str(Path(args.out) / "report.md"))
     return DONE
 
 

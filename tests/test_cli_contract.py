@@ -13,7 +13,7 @@ from specstop import verbs
 from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
-VERBS = ("solve", "evaluate", "simulate", "record", "replay", "demo", "schema", "policies")
+VERBS = ("solve", "evaluate", "simulate", "record", "replay", "decode", "demo", "schema", "policies")
 
 
 @pytest.fixture
@@ -96,6 +96,14 @@ BAD = {
                        "--temperature", "-1"], "--temperature: must be a finite number >= 0"),
     "record text for a number": (["record", "--target", "tiny", "--draft", "tiny", "--prompts", "p", "--out", "o",
                                   "--top-k", "many"], "--top-k: must be a whole number"),
+    "decode no prompt": (["decode", "--target", "tiny", "--draft", "tiny", "--policy", "fixed:2"],
+                         "required: --prompt"),
+    "decode optimal": (["decode", "--target", "tiny", "--draft", "tiny", "--policy", "optimal", "--prompt", "a"],
+                       "optimal:FILE"),
+    "decode signal": (["decode", "--target", "tiny", "--draft", "tiny", "--policy", "rejection:.5,signal=entropy",
+                       "--prompt", "a"], "give --trace"),
+    "decode trace": (["decode", "--target", "tiny", "--draft", "tiny", "--policy", "rejection:.5", "--prompt", "a",
+                      "--trace", "none"], "none: not a trace"),
     "demo argument": (["demo", "now"], "unrecognized arguments: now"),
     "schema argument": (["schema", "iid"], "unrecognized arguments: iid"),
     "policies argument": (["policies", "--policy", "fixed:4"], "unrecognized arguments: --policy"),
@@ -132,6 +140,12 @@ BAD_RECORDINGS = {
     "text for a pair without tokenizer": ["--target", "tiny", "--draft", "tiny:1", "--prompts", "text.jsonl"],
     "a folder that is in use": ["--target", "tiny", "--draft", "tiny:1", "--out", "."],
 }
+
+
+def test_a_pair_without_tokenizer_cannot_read_a_prompt(run):
+    pytest.importorskip("torch")
+    answer = run("decode", "--target", "tiny", "--draft", "tiny:1", "--policy", "fixed:2", "--prompt", "hello")
+    is_one_line_of_error(answer, "--prompt: this pair has no tokenizer")
 
 
 @pytest.mark.parametrize("argv", BAD_RECORDINGS.values(), ids=BAD_RECORDINGS)

@@ -205,6 +205,23 @@ def test_a_policy_that_a_trace_cannot_hold_is_refused(capsys, trace, policy):
     assert out == "" and err.count("\n") == 1 and policy.removeprefix("optimal:") in err
 
 
+@pytest.mark.slow
+def test_decode_continues_a_prompt_with_the_bundled_pair(lines):
+    pytest.importorskip("torch")
+    sizes = ["--max-new-tokens", 8, "--max-candidates", 3, "--temperature", 0]
+    (answer,) = lines("decode", "--target", "bundled", "--draft", "rtn", "--policy", "fixed:3", *sizes, "--prompt",
+                      "What is the capital of France?")  # fmt: skip
+    assert "Paris" in answer["text"] and answer["num_emitted"] == len(answer["tokens"]) <= 8
+    spent = answer["num_drafted"] + answer["num_target_calls"]
+    assert spent == answer["num_emitted"] + answer["num_discarded"] + answer["num_cut"]
+
+
+def test_demo_says_where_its_report_is(text, lines, monkeypatch, tmp_path):
+    monkeypatch.setattr("specstop.demo.run", lambda out, quick: {"out": str(out), "quick": quick})
+    assert text("demo", "--out", tmp_path).strip() == str(tmp_path / "report.md")
+    assert lines("demo", "--out", tmp_path, "--quick") == [{"out": str(tmp_path), "quick": True}]
+
+
 def test_schema_and_policies_list_what_can_be_typed(lines, text):
     (schema,) = lines("schema")
     assert schema["acceptance"]["iid"] == ["accept_prob"] and schema["max_candidates"] == [1, 1024]
