@@ -127,7 +127,9 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any) -> Sweep:
         left = survival * pick(slope, left_at) - pick(price, left_at)
         right = survival * pick(slope, left_at + 1) - pick(price, left_at + 1)
         goes_on = jnp.maximum(left, right) >= stop - TIE * (1.0 + jnp.abs(stop))
-        nearest = pick(rules, jnp.where(right > left, left_at + 1, left_at))
+        # on a kink the rule above it, so that each knot holds the line to its right
+        above = right >= left - TIE * (1.0 + jnp.abs(left))
+        nearest = pick(rules, jnp.where(above, left_at + 1, left_at))
         chosen = jnp.where(goes_on[..., None], nearest, stop_rule(verify_next)[problem.into][:, None, :])
         took, missed = accept[:, None, None], (1.0 - accept)[:, None, None]
         earned = [
