@@ -8,6 +8,7 @@ is killed leaves no trace, and the next one into the same folder clears what it 
 
 import hashlib
 import json
+import math
 import platform
 import sys
 from collections.abc import Callable, Sequence
@@ -90,8 +91,9 @@ def record(
             chosen = range(start, min(start + shard_size, len(prompts)))
             done: dict[int, tuple[Columns, Columns]] = {}
             by_length = sorted(chosen, key=lambda r: len(prompts[r]))
-            for first in range(0, len(by_length), batch_size):
-                batch = by_length[first : first + batch_size]
+            # Batches of nearly equal size: a small last one would cost almost as much as a full one.
+            for part in np.array_split(by_length, math.ceil(len(by_length) / batch_size)):
+                batch = part.tolist()
                 records = record_batch(pair, [prompts[r] for r in batch], [ids[r] for r in batch], sampling, contents)
                 done |= zip(batch, records, strict=True)
                 advance(len(batch))
