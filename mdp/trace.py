@@ -144,10 +144,10 @@ class Trace:
         scored = [key for key in FEATURES if key not in _P_SIDE or key in self.rollout_features]
         _check_features(need, self.rollout_features, count, "rollout_", scored)
         depth_in_request = np.arange(total) - np.repeat(offsets[:-1], lengths)
-        full = np.clip(np.repeat(self.limit, lengths) - 2 - depth_in_request, 0, depth - 1)
+        full = np.clip(np.repeat(self.limit, lengths) - 2 - depth_in_request, 0, self.max_candidates - 1)
         full[self.accepted | self.drafts_end] = 0
         last = np.zeros(total, dtype=bool)
-        last[steps > 0] = ended[self.rollout_offsets[1:][steps > 0] - 1]  # type: ignore[index]
+        last[steps > 0] = np.asarray(ended)[np.asarray(self.rollout_offsets)[1:][steps > 0] - 1]
         need(((steps == full) | (last & (steps <= full))).all(), "a rollout has the wrong number of steps")
         return self
 
@@ -167,7 +167,7 @@ def _arrays(trace: Trace) -> dict[str, np.ndarray]:
            "drafts_end": trace.drafts_end, **trace.features, **trace.optional}  # fmt: skip
     if trace.rollout_offsets is not None:
         out["rollout_offsets"] = trace.rollout_offsets
-        out["rollout_drafts_end"] = trace.rollout_drafts_end
+        out["rollout_drafts_end"] = np.asarray(trace.rollout_drafts_end)
         out.update({f"rollout_{key}": value for key, value in trace.rollout_features.items()})
     return {key: np.ascontiguousarray(value) for key, value in out.items()}
 

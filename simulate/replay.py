@@ -153,13 +153,15 @@ def replay_rounds(
     Raises:
         ValueError: as `replay`.
     """
-    contender = _contender(trace, entrants.read([policy])[0])
-    if model is not None and contender.signal is not None:
-        contender = replace(contender, signal=model.signal)
-    elif contender.fitted:
-        model = fit_signal(trace, str(contender.signal), split_requests(trace)[0])
-    elif contender.signal is not None:
-        model = SignalModel()
+    spec = entrants.read([policy])[0]
+    contender = _contender(trace, spec if model is None else replace(spec, signal=model.signal))
+    if model is None and contender.signal is not None:
+        fitted = contender.fitted
+        model = fit_signal(trace, contender.signal, split_requests(trace)[0]) if fitted else SignalModel()
+    elif contender.signal is None:
+        model = None
+    elif contender.needs & CHAIN_FIELDS and model is not None and model.transition is None:
+        raise ValueError(f"policy {spec.text!r} looks ahead, and the signal model given has no chain")
     if contender.spec.solves and cost is None:
         cost = _measured(trace)
     chosen = np.arange(trace.num_requests) if requests is None else np.unique(np.asarray(requests, dtype=np.int64))

@@ -253,6 +253,19 @@ def test_trace_without_rollouts_or_without_their_target_side():
     assert rounds(replace(trace, rollout_features=unscored), LeastProb(0.2)) == rounds(trace, LeastProb(0.2))
 
 
+def test_a_given_model_decides_what_is_read():
+    trace = one(plain_request())
+    unscored = replace(
+        trace, rollout_features={k: v for k, v in trace.rollout_features.items() if not k.endswith("accept_prob")}
+    )
+    flat = SignalModel("entropy", knots=np.array([0.0, 2.0]), levels=np.array([0.8, 0.8]))
+    # S = .8, .64: stops at two candidates
+    assert rounds(unscored, "rejection:0.3", model=flat) == rounds(trace, "fixed:2")
+    with pytest.raises(ValueError, match="looks ahead, and the signal model given has no chain"):
+        rounds(trace, "lookahead:0.3", model=flat)
+    assert rounds(trace, "fixed:2", model=flat) == rounds(trace, "fixed:2")
+
+
 # --- fitted signals: halves ---
 
 
