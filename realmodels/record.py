@@ -155,6 +155,8 @@ def _check(pair: ModelPair, prompts: Sequence[Sequence[int]], sampling: Sampling
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("prompts: at least one, and none empty")
+    if not all(0 <= token < pair.vocab_size for prompt in prompts for token in prompt):
+        raise ValueError(f"prompts: tokens must be whole numbers in 0..{pair.vocab_size - 1}")
     room = min(getattr(model.config, "max_position_embeddings", 2**62) for model in (pair.target, pair.draft))
     longest = max(map(len, prompts)) + sampling.max_new_tokens + sampling.max_candidates
     if longest > room:
@@ -167,7 +169,10 @@ def _empty_folder(out: Path) -> Path:
         raise ValueError(f"out: {out} already holds a trace")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: {out} is not a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: cannot make {out} ({error.strerror})") from error
     left = list(out.iterdir())
     foreign = [path.name for path in left if not path.name.lstrip(".").startswith(("shard-", "manifest.json."))]
     if foreign:

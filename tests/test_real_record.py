@@ -280,6 +280,10 @@ def test_foreign_files_are_not_touched(pair, tmp_path):
     with pytest.raises(ValueError, match=r"not empty \(holds thesis.txt\)"):
         record(pair, make_prompts(2), tmp_path, **SETTINGS)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="cannot make"):
+        record(pair, make_prompts(2), tmp_path / "thesis.txt" / "out", **SETTINGS)
+    with pytest.raises(ValueError, match=r"tokens must be whole numbers in 0\.\.23"):
+        record(pair, [[24]], tmp_path / "out", **SETTINGS)
 
 
 def test_measured_times(pair):
