@@ -223,9 +223,10 @@ def _estimator(folder: str, signal: str | None) -> Any:
 def demo(args: Namespace) -> int:
     """The main job end to end."""
     from specstop.demo import run
+    from specstop.report import headline
 
     summary = run(args.out, quick=args.quick)
-    emit(json_line(summary) if args.json else str(Path(args.out) / "report.md"))
+    emit(json_line(summary) if args.json else headline(summary, args.out))
     return DONE
 
 
