@@ -86,93 +86,101 @@ def _padded(size: int) -> int:
 
 
 class Sweep(NamedTuple):
-    """One backward induction, per class: both sides of T_rho_h - h, the rules at S = 1, thresholds and their slack."""
+    """One backward induction, per class: both sides of T_rho_h - h, thresholds and their slack [K, C].
+
+    If the policy was tracked, also what the rules at S = 1 earn and where they lead: `emitted`, `time`, `drafted` [C]
+    and `next_start` [C, C] ([C, 0] if rounds renew).
+    """
 
     lower: Any
     upper: Any
-    emitted: Any
-    time: Any
-    drafted: Any
-    next_start: Any
     threshold: Any
     slack: Any
+    emitted: Any = None
+    time: Any = None
+    drafted: Any = None
+    next_start: Any = None
 
 
-def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any) -> Sweep:
+class _Kept(NamedTuple):
+    """What is kept of CONTINUE at the knots of one depth [C, N]: its value from above; the best rule's line
+    slope * S - rho * time; and if tracked, that rule's expected candidates and next starts [C, N, 1 + C]."""
+
+    upper: Any
+    slope: Any
+    time: Any
+    track: Any
+
+
+def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Sweep:
     """Backward induction over depth at rate rho and bias h [C] (zeros if rounds renew)."""
     num_classes, num_knots = problem.transition.shape[0], grid.knots.shape[1]
     persistent = problem.bonus is not None
     bonus = problem.bonus if persistent else jnp.zeros((num_classes, 0))
     rejection = problem.rejection if persistent else jnp.zeros((problem.transition.shape[1], 0))
-    bias_row = bias if persistent else jnp.zeros(0)
-    after_bonus, after_rejection = bonus @ bias_row, rejection @ bias_row
-    onto = problem.into[:, None] * num_knots
+    after_bonus, after_rejection = (law @ bias if persistent else law.sum(1) for law in (bonus, rejection))
+    stopped = jnp.concatenate([jnp.zeros((num_classes, 1)), bonus], axis=1)  # tracked: no candidates, the bonus's law
+    into, onto = problem.into, problem.into[:, None] * num_knots
 
-    def pick(values, index):
-        """Of each outcome's class, the entry at this knot: one flat gather."""
-        return values.reshape(-1, *values.shape[2:])[index]
-
-    def stop_rule(verify_time):
-        """(tokens, time, candidates, next starts): tokens and next starts per unit of survival."""
-        head = jnp.broadcast_to(jnp.stack([0.0 * verify_time, verify_time, 0.0 * verify_time]), (num_classes, 3))
-        return jnp.concatenate([head, bonus], axis=1)
-
-    def step(carry, layer):
-        rules, upper = carry
+    def step(later: _Kept, layer):
         accept, knots, cell, weight, verify_now, verify_next = layer
-        survival, left_at = accept[:, None] * knots, onto + cell
-        stop = survival * after_bonus[problem.into][:, None] - rate * verify_next
+        survival, at = accept[:, None] * knots, onto + cell
+        upper, slope, time = (part.reshape(-1) for part in later[:3])
+        stop_slope = after_bonus[into][:, None]
+        stop = survival * stop_slope - rate * verify_next
         # lower: the best of STOP and the two rules kept around this survival
-        slope, price = rules[..., 0] + rules[..., 3:] @ bias_row, rate * rules[..., 1]
-        left = survival * pick(slope, left_at) - pick(price, left_at)
-        right = survival * pick(slope, left_at + 1) - pick(price, left_at + 1)
+        left, right = (survival * slope[index] - rate * time[index] for index in (at, at + 1))
         goes_on = jnp.maximum(left, right) >= stop - TIE * (1.0 + jnp.abs(stop))
-        # on a kink the rule above it, so that each knot holds the line to its right
-        above = right >= left - TIE * (1.0 + jnp.abs(left))
-        nearest = pick(rules, jnp.where(above, left_at + 1, left_at))
-        chosen = jnp.where(goes_on[..., None], nearest, stop_rule(verify_next)[problem.into][:, None, :])
-        took, missed = accept[:, None, None], (1.0 - accept)[:, None, None]
-        earned = [
-            took * (1.0 + chosen[..., :1]),
-            chosen[..., 1:3],
-            missed * rejection[:, None, :] + took * chosen[..., 3:],
-        ]
-        rules = jnp.einsum("cy,ynf->cnf", problem.transition, jnp.concatenate(earned, axis=2))
-        rules = rules.at[..., 1].add(problem.draft_time).at[..., 2].add(1.0)
-        # upper: the interpolated value
-        between = (1.0 - weight) * pick(upper, left_at) + weight * pick(upper, left_at + 1)
-        gain = knots * (accept + (1.0 - accept) * after_rejection)[:, None]
-        upper = problem.transition @ (gain + jnp.maximum(stop, between)) - rate * problem.draft_time
-        return (rules, upper), _thresholds(knots, rules, upper, after_bonus, bias_row, rate, verify_now)
+        best = jnp.where(right > left, at + 1, at)
+        between = (1.0 - weight) * upper[at] + weight * upper[at + 1]
+        missed = ((1.0 - accept) * after_rejection)[:, None]
+        outcomes = jnp.stack(
+            [
+                knots * (accept[:, None] + missed) + jnp.maximum(stop, between),
+                accept[:, None] * (1.0 + jnp.where(goes_on, slope[best], stop_slope)) + missed,
+                jnp.where(goes_on, time[best], verify_next),
+            ],
+            axis=1,
+        )
+        mean = jnp.tensordot(problem.transition, outcomes, axes=1)
+        now = _Kept(mean[:, 0] - rate * problem.draft_time, mean[:, 1], mean[:, 2] + problem.draft_time, None)
+        if track:
+            chosen = later.track.reshape(-1, later.track.shape[2])[best]
+            chosen = jnp.where(goes_on[..., None], chosen, stopped[into][:, None, :])
+            missed_law = (1.0 - accept)[:, None, None] * rejection[:, None, :]
+            leads = [1.0 + chosen[..., :1], missed_law + accept[:, None, None] * chosen[..., 1:]]
+            now = now._replace(track=jnp.tensordot(problem.transition, jnp.concatenate(leads, axis=2), axes=1))
+        return now, _thresholds(knots, now, after_bonus, rate, verify_now)
 
-    rules = jnp.zeros((num_classes, num_knots, 3 + bonus.shape[1])).at[..., 1].set(-NEVER)
-    upper = jnp.full((num_classes, num_knots), NEVER)
+    shape = (num_classes, num_knots)
+    last = _Kept(jnp.full(shape, NEVER), jnp.zeros(shape), jnp.full(shape, -NEVER), None)
+    if track:
+        last = last._replace(track=jnp.zeros((*shape, stopped.shape[1])))
     layers = (problem.accept_prob, *grid, problem.verify_time[:-1], problem.verify_time[1:])
-    (rules, upper), (threshold, slack) = jax.lax.scan(step, (rules, upper), layers, reverse=True)
+    first, (threshold, slack) = jax.lax.scan(step, last, layers, reverse=True)
 
     stop = after_bonus - rate * problem.verify_time[0]
-    at_one = rules[:, -1]
-    going_on = at_one[:, 0] + at_one[:, 3:] @ bias_row - rate * at_one[:, 1]
-    best = jnp.where(
-        (going_on >= stop - TIE * (1.0 + jnp.abs(stop)))[:, None], at_one, stop_rule(problem.verify_time[0])
-    )
+    going_on = first.slope[:, -1] - rate * first.time[:, -1]
+    lower, upper = (1.0 + jnp.maximum(stop, value) - bias for value in (going_on, first.upper[:, -1]))
+    if not track:
+        return Sweep(lower, upper, threshold, slack)
+    goes_on = going_on >= stop - TIE * (1.0 + jnp.abs(stop))
+    slope = jnp.where(goes_on, first.slope[:, -1], after_bonus)
+    leads = jnp.where(goes_on[:, None], first.track[:, -1], stopped)
+    next_start = leads[:, 1:]
     return Sweep(
-        lower=1.0 + jnp.maximum(stop, going_on) - bias,
-        upper=1.0 + jnp.maximum(stop, upper[:, -1]) - bias,
-        emitted=1.0 + best[:, 0],
-        time=best[:, 1],
-        drafted=best[:, 2],
-        next_start=best[:, 3:],
-        threshold=threshold,
-        slack=slack,
-    )
+        lower, upper, threshold, slack,
+        emitted=1.0 + slope - (next_start @ bias if persistent else 0.0),
+        time=jnp.where(goes_on, first.time[:, -1], problem.verify_time[0]),
+        drafted=leads[:, 0],
+        next_start=next_start,
+    )  # fmt: skip
 
 
-def _thresholds(knots, rules, upper, after_bonus, bias_row, rate, verify_time):
+def _thresholds(knots, kept: _Kept, after_bonus, rate, verify_time):
     """Where the best rule's line crosses STOP [C], and how much CONTINUE could still be worth there [C]."""
     stop_slope, stop_price = after_bonus[:, None], rate * verify_time
-    slope = rules[..., 0] + rules[..., 3:] @ bias_row - stop_slope
-    price = rate * rules[..., 1] - stop_price
+    slope, price, upper = kept.slope - stop_slope, rate * kept.time - stop_price, kept.upper
     # Behind is an interval that ends at the threshold; it may start just above a tie at survival 0.
     ahead, tie = slope * knots - price, TIE * (1.0 + jnp.abs(stop_price))
     behind = (ahead < -tie) | ((knots == 0.0) & (ahead <= tie) & (slope < -tie))

@@ -23,6 +23,7 @@ References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv
 """
 
 import enum
+import itertools
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,7 @@ THRESHOLD_TOLERANCE = 1e-6
 """Tokens: a threshold is right wherever CONTINUE and STOP differ by more than this."""
 
 MAX_SWEEPS = 60
+FIRST_KNOTS = 128
 
 
 class SolveStatus(enum.Enum):
@@ -140,15 +142,21 @@ def _iterate(problem: Arrays, grid: Grid, rate: Any, bias: Any, max_sweeps: int)
     def body(carry):
         stalled, best, result = carry
         new_rate, new_bias = _improve(problem, result.sweep, result.bias)
-        swept = sweep(problem, grid, new_rate, new_bias)
+        swept = sweep(problem, grid, new_rate, new_bias, track=True)
         # A policy's own rate can only rise; when it no longer does, the knots are what limits the bounds.
         still = new_rate <= best * (1.0 + 1e-15)
         settled = jnp.abs((new_bias - result.bias) * problem.reachable).max() <= 1e-13 * (1.0 + jnp.abs(new_bias).max())
         stalled = jnp.where(still, stalled + 1 + settled, 0)
         return stalled, jnp.maximum(best, new_rate), _Result(new_rate, new_bias, swept, result.num_sweeps + 1)
 
-    start = _Result(rate, bias, sweep(problem, grid, rate, bias), jnp.asarray(1))
+    start = _Result(rate, bias, sweep(problem, grid, rate, bias, track=True), jnp.asarray(1))
     return jax.lax.while_loop(go_on, body, (jnp.asarray(0), rate * 0.0, start))[2]
+
+
+@jax.jit
+def _inspect(problem: Arrays, grid: Grid, rate: Any, bias: Any) -> Sweep:
+    """Bounds and thresholds at a rate and bias that are good enough; a finer look costs one light sweep."""
+    return sweep(problem, grid, rate, bias, track=False)
 
 
 def solve(
@@ -182,30 +190,34 @@ def solve(
     finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
     arrays, into = lump(finite)
     rate, bias = np.float64(1.0 / finite.verify_time[0]), np.zeros(len(arrays.initial))
-    num_knots, num_sweeps, threshold = 128, 0, None
+    lower, upper, threshold, num_sweeps, num_knots, improving = 0.0, np.inf, None, 0, FIRST_KNOTS, True
     with jax.enable_x64(True):
-        for attempt in range(64):
+        for attempt in itertools.count():
             knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, num_knots)
             grid = place(arrays.accept_prob, knots)
-            result = jax.device_get(_iterate(arrays, grid, rate, bias, max_sweeps))
-            threshold = result.sweep.threshold
-            num_sweeps += int(result.num_sweeps)
-            lower, upper = _bounds(finite, arrays, result)
-            slack = result.sweep.slack[: finite.max_candidates][:, into].max()
-            closed = upper - lower <= tol * lower and slack <= THRESHOLD_TOLERANCE / 2
+            if improving:
+                result = jax.device_get(_iterate(arrays, grid, rate, bias, max_sweeps))
+                rate, bias, seen = result.rate, result.bias, result.sweep
+                num_sweeps += int(result.num_sweeps)
+            else:
+                seen = jax.device_get(_inspect(arrays, grid, rate, bias))
+                num_sweeps += 1
+            threshold, slack = seen.threshold, seen.slack[: finite.max_candidates][:, into].max()
+            low, high = _bounds(finite, arrays, rate, bias, seen)
+            lower, upper = max(lower, low), min(upper, high)
+            improving = upper - lower > tol * lower
+            closed = not improving and slack <= THRESHOLD_TOLERANCE / 2
             if closed or (attempt >= 2 and 4 * num_knots > max_knots):
                 break
-            rate, bias = result.rate, result.bias
             num_knots = num_knots if attempt == 0 else 4 * num_knots
-    throughput = float(np.clip(result.rate, lower, upper))
-    rates = _rates(arrays, result)
+    throughput = float(np.clip(rate, lower, upper))
     return Solution(
         throughput=throughput,
         speedup=throughput * float(finite.verify_time[0]),
         bounds=(lower, upper),
         survival_threshold=threshold[: finite.max_candidates][:, into],
-        bias=result.bias[into],
-        **rates,
+        bias=bias[into],
+        **_rates(arrays, result),
         status=SolveStatus.successful if closed else SolveStatus.max_steps_reached,
         num_sweeps=num_sweeps,
         num_knots=num_knots,
@@ -213,17 +225,15 @@ def solve(
     )
 
 
-def _bounds(finite: FiniteProblem, arrays: Arrays, result: _Result) -> tuple[float, float]:
+def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray, seen: Sweep) -> tuple[float, float]:
     """The certificate of the module docstring, widened for rounding."""
     least, greatest = finite.round_time.min(), finite.round_time.max()
     if finite.persistent:
         starts = arrays.reachable > 0
-        low, high = result.sweep.lower[starts].min(), result.sweep.upper[starts].max()
-        scale = np.abs(result.bias[starts]).max()
+        low, high, scale = seen.lower[starts].min(), seen.upper[starts].max(), np.abs(bias[starts]).max()
     else:
-        low, high = arrays.initial @ result.sweep.lower, arrays.initial @ result.sweep.upper
-        scale = 0.0
-    rate, depth = float(result.rate), finite.max_candidates
+        low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
+    depth = finite.max_candidates
     rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + rate * greatest)
     low, high = low - rounding, high + rounding
     return (
