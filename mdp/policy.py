@@ -176,8 +176,12 @@ def load_table(path: str | Path) -> ThresholdTable:
         ValueError: if the file is no such solution; the message names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"policy: no such solution file: {path}")
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for any file
+        found = False
+    if not found:
+        raise ValueError(f"policy: no such solution file: {str(path)!r:.200}")
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise ValueError(f"policy: {path}: larger than {MAX_TABLE_BYTES} bytes")
     try:
