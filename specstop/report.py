@@ -180,8 +180,8 @@ def _synthetic(outcome: Outcome) -> str:
         "not estimated.\n\n"
         + _table(header, rows)
         + f"\n\nSimulated: {simulated.rounds:,} rounds a policy on the same coins. The thresholds of `rejection` and "
-        "`lookahead` are the best of a grid in steps of .02, by exact value. The oracle knows what will be accepted: a "
-        "bracket, not a policy.\n\n"
+        "`lookahead` are the best of a grid in steps of .02, by exact value. The oracle knows what will be accepted: "
+        "no policy can.\n\n"
         "![speedup against candidate length](synthetic_lengths.png)\n\n"
         "![optimal thresholds](synthetic_thresholds.png)"
     )
@@ -224,7 +224,7 @@ def _replayed(comparison: TraceComparison, cost: str, brief: bool = False) -> st
         if entry.policy in differences:
             scaled = Estimate(*(entry.plain_time * x for x in differences[entry.policy]))
             paired = _with_interval(scaled, count, comparison.level, "+")
-        sees = "the future (a bracket)" if entry.policy == "oracle" else SIGHT.get(entry.signal, str(entry.signal))
+        sees = "the future (no policy)" if entry.policy == "oracle" else SIGHT.get(entry.signal, str(entry.signal))
         rows.append([f"`{entry.policy}`", sees, _with_interval(entry.speedup, count, comparison.level), paired,
                      f"{total.block_efficiency:.2f}", f"{total.discard_rate:.2f}"])  # fmt: skip
     header = ("policy", "sees", f"speedup, {100 * comparison.level:g} % interval",
@@ -301,8 +301,11 @@ def _caveats(outcome: Outcome, comparison: TraceComparison) -> str:
         "Speedups under the declared cost are not wall-clock speedups of this pair: they say what its acceptance "
         f"would earn with a draft whose step takes {COST_RATIO:g} of a target call, and with verification that costs "
         "the same for any number of candidates.",
-        "`token_accept_prob` is true acceptance, which nobody knows while drafting: its rows are the ceiling of any "
-        "acceptance head. The oracle lies above even that and is no policy.",
+        "`token_accept_prob` is true acceptance, which nobody knows while drafting: the best of its rows is the "
+        "ceiling of every acceptance head under these rules.",
+        "`oracle` drafts exactly what will be accepted. It is a bracket, above all policies, only where verification "
+        "costs the same for any number of candidates and an accepted candidate is worth its draft step, as under the "
+        "declared cost here. Measured times need not be so: then even the oracle can lose to drafting less.",
         "`optimal` on a trace is optimal for a chain of regimes fitted to the training half (eight bins of the "
         "signal), not for the pair itself: it needs no tuning, and may lose to a tuned threshold.",
         "Overhead of the stopping rule itself is not counted.",
