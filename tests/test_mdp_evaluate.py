@@ -141,7 +141,7 @@ def test_long_rounds_merge_instead_of_multiplying():
 # --- Against the optimum
 
 
-@given(problems(), thresholds)
+@given(problems(shapes=[(2, 3)]), thresholds)
 def test_no_rule_beats_the_upper_bound_and_the_optimum_meets_it(problem, threshold):
     solution = solve(problem)
     try:
