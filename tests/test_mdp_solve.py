@@ -60,6 +60,11 @@ RARE = persistent(
 CIRCLE = persistent(
     np.eye(3), [1.0, 1.0, 1.0], [1.0, 0.0, 0.0], np.eye(3), np.roll(np.eye(3), 1, axis=1), Table(0.1, [1, 1, 1.5, 2]), 3
 )
+# A probability too small to be divided by.
+NEVER = persistent(
+    [[1.0, 0.0], [1.0, 0.0]], [0.0, 0.0], [1.0, 0.0], [[1.0, 0.0], [1.0, 0.0]], [[1.0, 2e-313], [1.0, 0.0]],
+    Affine(0.001, 1.0), 3,
+)  # fmt: skip
 
 
 def oracle(problem):
@@ -129,6 +134,7 @@ def check_thresholds(problem, solution, reference, offsets=OFFSETS):
 @example(FLAT)
 @example(CHEAP)
 @example(RARE)
+@example(NEVER)
 @example(CIRCLE)
 def test_the_value_is_the_enumerated_optimum_inside_its_bounds(problem):
     solution = solve(problem)
