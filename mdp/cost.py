@@ -33,11 +33,16 @@ class Cost:
         return np.arange(max_candidates + 1) * self.draft_time + self.verify_times(max_candidates)
 
 
+SHORTEST, LONGEST = 1e-100, 1e100
+"""No clock needs more; sums and products of such times stay finite in float64."""
+
+
 def _time(name: str, value: object, zero: bool = False) -> float:
-    allowed = ">= 0" if zero else "> 0"
     good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not good or not np.isfinite(value) or value < 0 or (value == 0 and not zero):  # type: ignore[operator,arg-type]
-        raise ValueError(f"{name}: must be a finite number {allowed}, got {value!r}")
+    least = 0.0 if zero else SHORTEST
+    if not good or not least <= value <= LONGEST:  # type: ignore[operator]
+        sign = ">=" if zero else ">"
+        raise ValueError(f"{name}: must be a finite number {sign} 0 (in {least:g}..{LONGEST:g}), got {value!r:.60}")
     return float(value)  # type: ignore[arg-type]
 
 

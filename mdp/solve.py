@@ -181,13 +181,16 @@ def solve(
         >>> from mdp.cost import Affine
         >>> solution = solve(StoppingProblem(IID(0.8), Affine(draft_time=0.2, verify_time=1.0), max_candidates=12))
         >>> solution.status.name, round(solution.throughput, 6), round(solution.mean_candidates, 6)
-        ('successful', 1.8676, 4.0)
+        ('successful', 1.867556, 4.0)
     """
     for name, value in (("tol", tol), ("max_knots", max_knots), ("max_sweeps", max_sweeps)):
         if not value > 0:
             raise ValueError(f"{name}: must be > 0, got {value!r}")
     start = time.perf_counter()
     finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+    # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
+    unit = 2.0 ** np.frexp(finite.round_time.max())[1]
+    finite = finite._replace(draft_time=finite.draft_time / unit, verify_time=finite.verify_time / unit)
     arrays, into = lump(finite)
     rate, bias = np.float64(1.0 / finite.verify_time[0]), np.zeros(len(arrays.initial))
     lower, upper, threshold, num_sweeps, num_knots, improving = 0.0, np.inf, None, 0, FIRST_KNOTS, True
@@ -212,10 +215,10 @@ def solve(
             num_knots = num_knots if attempt == 0 else 4 * num_knots
     throughput = float(np.clip(rate, lower, upper))
     return Solution(
-        throughput=throughput,
+        throughput=throughput / unit,
         speedup=throughput * float(finite.verify_time[0]),
-        bounds=(lower, upper),
-        survival_threshold=threshold[: finite.max_candidates][:, into],
+        bounds=(float(lower / unit), float(upper / unit)),
+        survival_threshold=seen.threshold[: finite.max_candidates][:, into],
         bias=bias[into],
         **_rates(arrays, result),
         status=SolveStatus.successful if closed else SolveStatus.max_steps_reached,
@@ -233,8 +236,9 @@ def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray
         low, high, scale = seen.lower[starts].min(), seen.upper[starts].max(), np.abs(bias[starts]).max()
     else:
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
-    depth = finite.max_candidates
-    rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + rate * greatest)
+    # Values that matter are no worse than stopping at once; those beyond lose by more than they are rounded.
+    depth, worst = finite.max_candidates, rate * finite.verify_time[0]
+    rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + worst)
     low, high = low - rounding, high + rounding
     return (
         float(max(rate + low / (greatest if low >= 0 else least), 0.0)),
