@@ -17,7 +17,8 @@ $\check\delta = \min_z (\check T_{\rho h} - h)$ from rules, over reachable start
 `initial`), and $T_{min}, T_{max}$ the least and greatest round times, whatever $\rho$ and $h$:
 $\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge \rho + \check\delta / T_{min}$
 ($/ T_{max}$ if positive), widened for rounding. The loop ends `successful` only if these bounds are closer than `tol`
-and CONTINUE - STOP at each threshold is known to half of `THRESHOLD_TOLERANCE`.
+and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half for $\rho$; the bias
+is taken as it is).
 
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
 """
@@ -208,7 +209,9 @@ def solve(
             threshold, slack = seen.threshold, seen.slack[: finite.max_candidates][:, into].max()
             low, high = _bounds(finite, arrays, rate, bias, seen)
             lower, upper = max(lower, low), min(upper, high)
-            improving = upper - lower > tol * lower
+            # What the rate's own uncertainty can shift a threshold by: it prices the time between STOP and CONTINUE.
+            shift = (upper - lower) * np.ptp(finite.round_time)
+            improving = upper - lower > tol * lower or shift > THRESHOLD_TOLERANCE / 2
             closed = not improving and slack <= THRESHOLD_TOLERANCE / 2
             if closed or (attempt >= 2 and 4 * num_knots > max_knots):
                 break
