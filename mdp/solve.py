@@ -216,10 +216,10 @@ def solve(
             if closed or (attempt >= 2 and 4 * num_knots > max_knots):
                 break
             num_knots = num_knots if attempt == 0 else 4 * num_knots
-    throughput = float(np.clip(rate, lower, upper))
+    throughput = np.clip(rate, lower, upper)
     return Solution(
-        throughput=throughput / unit,
-        speedup=throughput * float(finite.verify_time[0]),
+        throughput=float(throughput / unit),
+        speedup=float(throughput * finite.verify_time[0]),
         bounds=(float(lower / unit), float(upper / unit)),
         survival_threshold=seen.threshold[: finite.max_candidates][:, into],
         bias=bias[into],
