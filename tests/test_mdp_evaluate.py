@@ -176,9 +176,21 @@ def split_problem(initial=(0.5, 0.5)):
     return StoppingProblem(chain, Affine(0.2, 1.0), 2, Persistent(STAY, STAY))
 
 
-def test_a_rule_with_two_long_runs_is_refused():
-    with pytest.raises(ValueError, match=r"'fixed:0': its start regimes fall into 2 recurrent classes"):
-        evaluate(split_problem(), "fixed:0")
+def test_a_rule_with_two_equal_long_runs_is_fine():
+    assert evaluate(split_problem(), "fixed:0").throughput == 1.0
+
+
+def test_a_rule_that_does_not_read_survival_is_no_tree():
+    size, rng = 40, np.random.default_rng(0)
+    chain = MarkovModulated(rng.dirichlet(np.ones(size), size), rng.random(size), rng.dirichlet(np.ones(size)))
+    problem = StoppingProblem(chain, Affine(0.1, 1.0), 30)
+    mass, emitted = chain.initial, 1.0
+    for _ in range(12):
+        mass = (mass @ chain.transition) * chain.accept_prob
+        emitted += mass.sum()
+    assert evaluate(problem, "fixed:12").throughput == pytest.approx(emitted / 2.2, rel=1e-12)
+    with pytest.raises(ValueError, match="too large for exact evaluation"):
+        evaluate(problem, "rejection:0.9")
 
 
 def test_a_rule_whose_other_long_run_is_out_of_reach_is_fine():
