@@ -269,7 +269,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(policy, message):
 def test_a_tree_that_is_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(mdp.evaluate, "MAX_STATES", 3)
     with pytest.raises(ValueError, match=r"too large for exact evaluation .* simulate it instead"):
-        evaluate(split_problem(), "fixed:2")
+        evaluate(split_problem(), "rejection:0.5")
 
 
 def test_a_table_with_fewer_rows_stops_where_they_end():
@@ -286,12 +286,12 @@ def test_every_way_to_name_a_rule_is_the_same_rule():
 # --- The laws above are seen to fail
 
 MUTANTS = {
-    "V(k) is off by one": ("problem.verify_time[k] * ended", "problem.verify_time[k - 1] * ended"),
-    "survival is reset by each candidate": ("survival[parent] * accept[child]", "accept[child]"),
+    "V(k) is off by one": ("problem.verify_time[k] * states", "problem.verify_time[k - 1] * states"),
+    "survival is reset by each candidate": ("states.survival[parent] * accept[child]", "accept[child]"),
     "the rejected candidate's survival is kept": ("(into * (1.0 - accept))", "into"),
-    "the bonus leads where a rejection would": ("@ bonus[regime[stops]]", "@ rejection[regime[stops]]"),
-    "a step behind a stop is paid": ("going_on = mass.sum(axis=0)", "going_on = mass.sum(axis=0) + ended.sum()"),
-    "merged states lose mass": ("np.add.at(merged, group, ", "merged.__setitem__(group, "),
+    "the bonus leads where a rejection would": ("@ bonus[states.regime[stops]]", "@ rejection[states.regime[stops]]"),
+    "a step behind a stop is paid": ("going_on = states.mass.sum(axis=0)", "going_on = starts.sum(axis=1)"),
+    "merged states lose mass": ("np.add.at(mass, group, ", "mass.__setitem__(group, "),
     "the oracle forgets its drafts": ("time += (k * problem.draft_time + ", "time += (0 * k + "),
 }  # fmt: skip
 
