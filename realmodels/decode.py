@@ -116,8 +116,7 @@ def decode(
         ValueError: one line, if a setting is out of range or the rule needs what a live run does not show.
     """
     sampling = Sampling(max_candidates, max_new_tokens, temperature, top_k, seed)
-    if len(prompt) == 0:
-        raise ValueError("prompt: must not be empty")
+    pair.check_prompts([prompt], sampling)
     if estimator is None and score:
         estimator = SignalModel()
     sight = _Sight(estimator, (*_LIVE, *_SCORED) if score else _LIVE)
@@ -177,10 +176,10 @@ class _Sight:
             first = self.observation(0)
             lacking = sorted(name for name in entrants.needs(spec.policy) if getattr(first, name) is None)
         if lacking:
-            raise ValueError(
-                f"policy {spec.text!r} needs {lacking[0]}, which this live run does not show"
-                " (token_accept_prob: score=True; survival, next_accept_prob, regime: an estimator)"
-            )
+            ways = dict.fromkeys(_SCORED, "score=True does")
+            ways |= dict.fromkeys(("survival", "next_accept_prob", "regime"), "an estimator does")
+            hint = f" ({ways[lacking[0]]})" if lacking[0] in ways else ""
+            raise ValueError(f"policy {spec.text!r} needs {lacking[0]}, which this live run does not show{hint}")
         chain = getattr(self.estimator, "transition", None)
         return entrants.fit_depth(spec.text, spec.policy, max_candidates, 1 if chain is None else len(chain))
 

@@ -13,7 +13,7 @@ smaller one belong to no token and are cut off.
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from realmodels.gguf_file import BUNDLED_PACKAGE, converted, file_digest, find_g
 from realmodels.prompts import load_prompts
 from realmodels.reader import check_attention
 from realmodels.rtn import quantised_copy
+from realmodels.sampling import Sampling
 from realmodels.tiny import tiny_draft, tiny_target
 
 __all__ = ["ModelPair", "load_pair", "load_prompts"]
@@ -54,6 +55,33 @@ class ModelPair:
     draft_is_target_time: bool
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def check_recorded(self, models: Any, name: str) -> None:
+        """Refuse a trace, `models` in its manifest, that another pair recorded: what it calibrates would not hold here.
+
+        Weights are compared by their hashes where both are known, else by the model's name and revision.
+        """
+        for role, mine in self.provenance.items():
+            theirs = models.get(role) if isinstance(models, Mapping) else None
+            theirs = theirs if isinstance(theirs, Mapping) else {}
+            hashed = mine.get("sha256") and theirs.get("sha256")
+            if any(mine.get(key) != theirs.get(key) for key in (("sha256",) if hashed else ("name", "revision"))):
+                raise ValueError(f"{name} was recorded with {role} {theirs.get('name')}, not this {mine.get('name')}")
+
+    def check_prompts(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        """Refuse prompts that hold no tokens, others than this pair's, or too many to continue.
+
+        Raises:
+            ValueError: one line that names what is allowed.
+        """
+        if not prompts or any(len(prompt) == 0 for prompt in prompts):
+            raise ValueError("prompts: at least one, and each must not be empty")
+        if not all(0 <= token < self.vocab_size for prompt in prompts for token in prompt):
+            raise ValueError(f"prompts: tokens must be whole numbers in 0..{self.vocab_size - 1}")
+        room = min(getattr(model.config, "max_position_embeddings", 2**62) for model in (self.target, self.draft))
+        longest = max(map(len, prompts)) + sampling.max_new_tokens + sampling.max_candidates
+        if longest > room:
+            raise ValueError(f"prompts: the longest needs {longest} positions, the models have {room}")
+
 
 def load_pair(
     target: str,
@@ -81,7 +109,9 @@ def load_pair(
         provenance = {"target": about}
         if rounding is not None:
             draft_model, draft_tokenizer = quantised_copy(target_model, *rounding), tokenizer
-            provenance["draft"] = {"spec": draft, "name": f"{about['name']} {draft}", "revision": about["revision"]}
+            # `rtn` and `rtn:group=64,bits=4` are one model, so they have one name
+            name = "{} rtn:bits={},group={}".format(about["name"], *rounding)
+            provenance["draft"] = {"spec": draft, "name": name, "revision": about["revision"]}
         elif tiny_seeds[1] is not None:
             draft_model, draft_tokenizer = tiny_draft(target_model, tiny_seeds[1]), tokenizer
             provenance["draft"] = {"spec": draft, "name": draft, "revision": None}
@@ -113,10 +143,8 @@ def _load(
         path = find_gguf(BUNDLED_PACKAGE if spec == "bundled" else spec.removeprefix("gguf:"))
         digest = file_digest(path)
         about |= {"name": path.stem, "sha256": {path.name: digest}}
-        try:
+        with _foreign(f"gguf: cannot convert {path}"):
             source = str(converted(path, digest))
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise ValueError(f"gguf: cannot convert {path} ({_first_line(error)})") from error
     elif Path(spec).is_dir():
         files = sorted(Path(spec).glob("*.safetensors"))
         if not (Path(spec) / "config.json").is_file() or not files:
@@ -130,19 +158,33 @@ def _load(
 
     options: dict[str, Any] = {"revision": revision} if revision else {}
     loader: Any = AutoModelForCausalLM
-    try:
+    with _foreign(f"{role}: cannot load {spec!r}"):
         model = loader.from_pretrained(
             source, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{role}: cannot load {spec!r} ({_first_line(error)})") from error
     check_attention(model, f"{role} {spec!r}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError):
+        with _foreign("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except ValueError:
         tokenizer = None  # prompts as token ids still work
     about["revision"] = revision or getattr(model.config, "_commit_hash", None)
     return model.to(device).eval(), tokenizer, about
+
+
+@contextlib.contextmanager
+def _foreign(what: str) -> Iterator[None]:
+    """Turn whatever other people's code raises over a model's files into one line.
+
+    A damaged file comes out as anything (SafetensorError, RuntimeError, ZeroDivisionError, ...), and which it is
+    changes with versions. A package that is missing and memory that is short are no faults of the file.
+    """
+    try:
+        yield
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what} ({_first_line(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -150,7 +192,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _tiny_seed(spec: str, role: str) -> int | None:
-    """Seed of `tiny` or `tiny:SEED`; None if the spec is something else. The draft's default differs."""
+    """Seed of `tiny` or `tiny:SEED`, 0 by default; None if the spec is something else."""
     name, colon, value = spec.partition(":")
     if name != "tiny":
         return None

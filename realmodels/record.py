@@ -68,8 +68,8 @@ def record(
     """
     sampling = Sampling(max_candidates, max_new_tokens, temperature, top_k, seed)
     contents = Contents(store_tokens, store_top if store_tokens else 0, store_hidden and store_tokens)
-    _check(pair, prompts, sampling, batch_size=batch_size, shard_size=shard_size, store_top=store_top,
-           timing_repeats=timing_repeats)  # fmt: skip
+    _check_sizes(batch_size=batch_size, shard_size=shard_size, store_top=store_top, timing_repeats=timing_repeats)
+    pair.check_prompts(prompts, sampling)
     out = _empty_folder(Path(out))
     ids = request_ids(prompts)
     base = {
@@ -151,19 +151,11 @@ def _ended(path: Columns, end_token_ids: list[int]) -> bool:
     return int(path["path_token"][-1]) in end_token_ids
 
 
-def _check(pair: ModelPair, prompts: Sequence[Sequence[int]], sampling: Sampling, **sizes: int) -> None:
+def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
         low = 0 if name in ("store_top", "timing_repeats") else 1
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("prompts: at least one, and none empty")
-    if not all(0 <= token < pair.vocab_size for prompt in prompts for token in prompt):
-        raise ValueError(f"prompts: tokens must be whole numbers in 0..{pair.vocab_size - 1}")
-    room = min(getattr(model.config, "max_position_embeddings", 2**62) for model in (pair.target, pair.draft))
-    longest = max(map(len, prompts)) + sampling.max_new_tokens + sampling.max_candidates
-    if longest > room:
-        raise ValueError(f"prompts: the longest needs {longest} positions, the models have {room}")
 
 
 def check_folder(out: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from mdp.policy import FixedLength  # noqa: E402
 from realmodels import gguf_file  # noqa: E402
 from realmodels.decode import decode  # noqa: E402
 from realmodels.pair import ModelPair, load_pair, load_prompts  # noqa: E402
+from realmodels.prompts import tokenise  # noqa: E402
 from realmodels.reader import PADDING, PATH, Reader  # noqa: E402
 from realmodels.rtn import round_to_nearest  # noqa: E402
 from realmodels.tiny import tiny_target  # noqa: E402
@@ -123,6 +124,14 @@ def test_tokenizers_must_match_and_padded_heads_are_cut(tmp_path):
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "a c b"}\n')
     assert load_prompts(prompts, pair) == [[2, 4, 3]]
+    for text in ('{"prompt": "\\ud800a"}', '{"messages": [{"role": "user", "content": "\\udcff"}]}'):
+        prompts.write_text(text)
+        pair.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        with pytest.raises(ValueError, match="line 1: not Unicode text"):
+            load_prompts(prompts, pair)
+        pair.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="--prompt: not Unicode text"):
+        tokenise([("--prompt", {"prompt": "a\udcff"})], pair)
     prompts.write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     with pytest.raises(ValueError, match="need a chat template"):
         load_prompts(prompts, pair)
@@ -175,6 +184,49 @@ def test_bad_dtype_and_folders_get_one_line(tmp_path):
     with pytest.raises(ValueError, match="target: cannot load") as error:
         load_pair(str(tmp_path), "rtn")
     assert "\n" not in str(error.value)
+
+
+def cut_short(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+
+
+def reconfigured(**changes):
+    def act(folder):
+        config = folder / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+    return act
+
+
+DAMAGE = {
+    "weights cut short": cut_short,
+    "weights of another size": reconfigured(intermediate_size=32),
+    "text for a size": reconfigured(hidden_size="x"),
+    "no heads": reconfigured(num_attention_heads=0),
+    "no config": lambda folder: (folder / "config.json").write_text("null"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_model_folder_is_refused_in_one_line(tmp_path, damage):
+    tiny_target(3).save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"target: cannot load '{tmp_path}'") as error:
+        load_pair(str(tmp_path), "rtn")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("no accelerate")], ids=repr)
+def test_what_is_no_fault_of_the_files_is_not_blamed_on_them(folder, monkeypatch, error):
+    from transformers import AutoModelForCausalLM
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(type(error)):
+        load_pair(str(folder), "rtn")
 
 
 def test_missing_wheel_names_the_command(monkeypatch):

@@ -267,11 +267,14 @@ def test_draws_are_addressed_by_request(pair):
         ("optimal", {"score": True}, "policy 'optimal': not solved"),
         ("fixed:6", {}, r"policy 'fixed:6': length must be in 0\.\.5"),
         (FixedLength(1), {"temperature": "hot"}, "temperature must be"),
+        (FixedLength(1), {"max_new_tokens": 507}, "the longest needs 513 positions, the models have 512"),
     ],
 )
 def test_what_a_live_run_cannot_show_is_refused(pair, policy, options, message):
     with pytest.raises(ValueError, match=message) as error:
-        decode(pair, [3], policy, **SETTINGS, **options)
+        decode(pair, [3], policy, **{**SETTINGS, **options})
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="must not be empty"):
         decode(pair, [], FixedLength(1))
+    with pytest.raises(ValueError, match=r"tokens must be whole numbers in 0\.\.23"):
+        decode(pair, [24], FixedLength(1))
