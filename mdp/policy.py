@@ -257,8 +257,14 @@ def _threshold(cls: type) -> Any:
 
 RULES = {
     "fixed": Rule("fixed:K", _fixed, 1, 1, False),
-    "rejection": Rule("rejection:h", _threshold(RejectionThreshold), 1, 1, True),
-    "lookahead": Rule("lookahead:h", _threshold(LookaheadThreshold), 1, 1, True),
-    "optimal": Rule("optimal or optimal:FILE", lambda text, file=None: load_table(file) if file else None, 0, 1, True),
+    "rejection": Rule("rejection:h[,signal=NAME]", _threshold(RejectionThreshold), 1, 1, True),
+    "lookahead": Rule("lookahead:h[,signal=NAME]", _threshold(LookaheadThreshold), 1, 1, True),
+    "optimal": Rule(
+        "optimal or optimal:FILE[,signal=NAME] or optimal:signal=NAME",
+        lambda text, file=None: load_table(file) if file else None,
+        0,
+        1,
+        True,
+    ),
     "oracle": Rule("oracle", lambda text: Oracle(), 0, 0, False),
 }

@@ -6,6 +6,7 @@ Everything here raises ValueError with one line that names the fault.
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from mdp import policy as rules
 from mdp.cost import Affine, Cost
@@ -13,8 +14,14 @@ from mdp.entrants import fit_depth
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
 
-__all__ = ["declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
+__all__ = ["check_depth", "declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
 
+T = TypeVar("T")
+
+# Not \d, which other scripts' digits match; nan and inf are numbers that the cost itself refuses.
+_NUMBER = re.compile(
+    r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE | re.ASCII
+)
 
 # What a rule does, in words a terminal can show; `mdp.policy` holds the rules and how to write them.
 DOES = {
@@ -39,8 +46,7 @@ def rule_names() -> tuple[str, ...]:
 def describe_rules() -> list[dict[str, str | None]]:
     """How to write each stopping rule, what it does and where it was published."""
     return [
-        {"name": name, "usage": rule.usage + (",signal=NAME" if rule.takes_signal else ""),
-         "does": DOES.get(name, ""), "source": SOURCES.get(name)}
+        {"name": name, "usage": rule.usage, "does": DOES.get(name, ""), "source": SOURCES.get(name)}
         for name, rule in rules.RULES.items()
     ]  # fmt: skip
 
@@ -68,7 +74,7 @@ def _check_fits(spec: PolicySpec, problem: StoppingProblem) -> None:
 
 def declared_cost(text: str) -> Cost:
     """`--cost`: a number c (a draft step's time in target calls), a JSON object, or a file that holds one."""
-    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|[-+]?(nan|inf|infinity)", text.strip(), re.IGNORECASE):
+    if re.fullmatch(_NUMBER, text.strip()):
         return _named("--cost", lambda: Affine(draft_time=float(text), verify_time=1.0))
     if text.lstrip().startswith(("{", "[")):
         return _named("--cost", lambda: cost_from_dict(parse_json(text)))
@@ -77,7 +83,14 @@ def declared_cost(text: str) -> Cost:
     return _named(text, lambda: cost_from_dict(parse_json(read_text(text))))
 
 
-def _named(name: str, make: Callable[[], Cost]) -> Cost:
+def check_depth(text: str, cost: Cost, max_candidates: int) -> Cost:
+    """The cost of `--cost` text if it has a time for every number of candidates; else what was typed is named."""
+    inline = _NUMBER.fullmatch(text.strip()) or text.lstrip().startswith(("{", "["))
+    _named("--cost" if inline else text, lambda: cost.verify_times(max_candidates))
+    return cost
+
+
+def _named(name: str, make: Callable[[], T]) -> T:
     try:
         return make()
     except ValueError as error:

@@ -7,13 +7,17 @@ pay for it.
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specstop import inputs
 from specstop.output import emit, json_line, key_values, table
+
+if TYPE_CHECKING:
+    from mdp.fit import SignalModel
+    from mdp.policy import PolicySpec
+    from mdp.trace import Trace
 
 __all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
 
@@ -88,7 +92,8 @@ def _policy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _code(*solutions: Any) -> int:
-    return DONE if all(solution is None or solution.status.name == "successful" for solution in solutions) else 3
+    done = all(solution is None or solution.status.name == "successful" for solution in solutions)
+    return DONE if done else NOT_CONVERGED
 
 
 def simulate(args: Namespace) -> int:
@@ -110,10 +115,12 @@ def replay(args: Namespace) -> int:
     specs = inputs.read_policies(args.policies)
     cost = None if args.cost is None else inputs.declared_cost(args.cost)
 
-    from mdp.trace import load
     from simulate.replay import replay
 
-    result = replay(load(args.trace), specs, cost=cost, level=args.level)
+    trace = _load_trace(args.trace)
+    if cost is not None:
+        inputs.check_depth(str(args.cost), cost, trace.max_candidates)
+    result = replay(trace, specs, cost=cost, level=args.level)
     _print_comparison(result.to_dict(), args)
     return DONE
 
@@ -132,23 +139,17 @@ def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
 
 def record(args: Namespace) -> int:
     """Run a real pair over prompts and write the trace."""
-    from realmodels.pair import load_pair, load_prompts
-    from realmodels.record import record
+    from realmodels.pair import load_pair
+    from realmodels.prompts import read_prompts, tokenise
+    from realmodels.record import check_folder, record
 
     start = time.perf_counter()
+    # Loading the models takes longest by far: what can be refused without them is refused first.
+    sampling = _sampling(args)
+    check_folder(Path(args.out))
+    prompts = read_prompts(args.prompts, args.limit)
     pair = load_pair(args.target, args.draft)
-    prompts = load_prompts(args.prompts, pair, args.limit)
-    trace = record(
-        pair,
-        prompts,
-        args.out,
-        max_candidates=args.max_candidates,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        store_tokens=not args.no_tokens,
-    )
+    trace = record(pair, tokenise(prompts, pair), args.out, **sampling, store_tokens=not args.no_tokens)
     measured = trace.manifest.get("measured") or {}
     result = {
         "trace": args.out,
@@ -163,41 +164,40 @@ def record(args: Namespace) -> int:
     return DONE
 
 
+def _sampling(args: Namespace) -> dict[str, Any]:
+    """What was typed of `realmodels.sampling.Sampling`, checked."""
+    from realmodels.sampling import Sampling
+
+    return asdict(Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__}))
+
+
 def decode(args: Namespace) -> int:
     """Decode one prompt with a real pair under a policy."""
     (spec,) = inputs.read_policies([args.policy])
     if spec.policy is None:
         raise ValueError(f"policy {spec.text!r}: a live run loads a saved table, optimal:FILE")
-    if spec.signal is not None and args.trace is None:
-        raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is calibrated on a trace; give --trace")
-    estimator = None if args.trace is None else _estimator(args.trace, spec.signal)
+    signal = _live_signal(spec, args.trace)
+    trace = None if args.trace is None else _load_trace(args.trace)
+    estimator = None if trace is None or signal is None else _estimator(trace, signal)
 
     from realmodels.decode import decode
-    from realmodels.pair import load_pair, load_prompts
+    from realmodels.pair import load_pair
+    from realmodels.prompts import tokenise
 
+    sampling = _sampling(args)
     pair = load_pair(args.target, args.draft)
+    if trace is not None:
+        pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
     if pair.tokenizer is None:
         raise ValueError("--prompt: this pair has no tokenizer, it cannot read text")
-    with TemporaryDirectory() as folder:
-        # prompts have one way in, whether they were typed or stored
-        typed = Path(folder) / "prompt.jsonl"
-        typed.write_text(json_line({"prompt": args.prompt}), encoding="utf-8")
-        (prompt,) = load_prompts(typed, pair)
-    run = decode(
-        pair,
-        prompt,
-        spec.policy,
-        max_candidates=args.max_candidates,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        seed=args.seed,
-        estimator=estimator,
-        score=args.score or spec.signal == "token_accept_prob",
-    )
+    (prompt,) = tokenise([("--prompt", {"prompt": args.prompt})], pair)
+    # the true acceptance probability is known only where the target scores what was drafted
+    score = args.score or signal == "token_accept_prob"
+    run = decode(pair, prompt, spec.policy, **sampling, estimator=estimator, score=score)
     tally = run.tally
     result = {
         "policy": spec.text,
+        "signal": signal,
         "text": pair.tokenizer.decode(run.tokens, skip_special_tokens=True),
         "tokens": run.tokens,
         **{name: getattr(tally, name) for name in DECODE_COLUMNS},
@@ -212,12 +212,33 @@ def decode(args: Namespace) -> int:
     return DONE
 
 
-def _estimator(folder: str, signal: str | None) -> Any:
-    from mdp.fit import PERFECT, fit_signal, split_requests
+def _live_signal(spec: "PolicySpec", trace: str | None) -> str | None:
+    """The signal that a live run makes the rule's survival from; None if it reads none."""
+    from mdp.entrants import needs
+    from mdp.fit import PERFECT
+    from simulate.replay import SIGNAL_FIELDS
+
+    wanted = needs(spec.policy) & SIGNAL_FIELDS if spec.policy else frozenset()
+    if not wanted:
+        return None
+    signal = spec.signal or PERFECT
+    if trace is None and signal != PERFECT:
+        raise ValueError(f"policy {spec.text!r}: signal={signal} is calibrated on a trace; give --trace")
+    if trace is None and (fitted := sorted(wanted - {"survival"})):
+        raise ValueError(f"policy {spec.text!r} needs {fitted[0]}, which is fitted to a trace; give --trace")
+    return signal
+
+
+def _load_trace(folder: str) -> "Trace":
     from mdp.trace import load
 
-    trace = load(folder)
-    return fit_signal(trace, signal or PERFECT, split_requests(trace)[0])
+    return load(folder)
+
+
+def _estimator(trace: "Trace", signal: str) -> "SignalModel":
+    from mdp.fit import fit_signal, split_requests
+
+    return fit_signal(trace, signal, split_requests(trace)[0])
 
 
 def demo(args: Namespace) -> int:

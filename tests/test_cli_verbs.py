@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mdp.policy import parse
 from mdp.problem import load
 from specstop.cli import main
 from specstop.output import emit, json_line, jsonable, table
@@ -178,6 +179,17 @@ def test_replay_takes_times_as_measured_or_as_an_object_or_a_file(lines, trace, 
     assert given == read and given["verify_time"] == cost["verify_time"] and given["cost_origin"] == "declared"
 
 
+def test_a_table_of_the_wrong_length_is_named_as_it_was_typed(capsys, trace, tmp_path):
+    cost = json.dumps({"kind": "table", "draft_time": 0.1, "verify_time": [1, 1]})
+    (tmp_path / "cost.json").write_text(cost)
+    for typed, name in ((cost, "--cost"), (tmp_path / "cost.json", tmp_path / "cost.json")):
+        capsys.readouterr()
+        assert main(["replay", str(trace), "--policy", "fixed:3", "--cost", str(typed)]) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert err.startswith(f"specstop: error: {name}: cost.verify_time: must have max_candidates + 1 = 7 entries")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -216,6 +228,87 @@ def test_decode_continues_a_prompt_with_the_bundled_pair(lines):
     assert spent == answer["num_emitted"] + answer["num_discarded"] + answer["num_cut"]
 
 
+@pytest.fixture(scope="module")
+def speaking_tiny(tmp_path_factory):
+    """The tiny target as a model folder whose tokenizer reads words."""
+    pytest.importorskip("torch")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from realmodels.tiny import tiny_target
+
+    folder = tmp_path_factory.mktemp("speaking")
+    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(24)}, unk_token="w2"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tiny_target(0).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoken_trace(speaking_tiny):
+    """A trace of that pair."""
+    prompts = speaking_tiny / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{2 + r} w5"}) + "\n" for r in range(12)))
+    pair, sizes = f"--target {speaking_tiny} --draft rtn:bits=3,group=8", "--max-new-tokens 24 --max-candidates 6"
+    assert main(f"record {pair} --prompts {prompts} --out {speaking_tiny}/trace {sizes}".split()) == 0
+    return speaking_tiny / "trace"
+
+
+DECODE = ["--max-new-tokens", 8, "--max-candidates", 4, "--prompt", "w3 w5"]
+
+
+@pytest.mark.parametrize(
+    ("policy", "traced", "signal"),
+    [
+        ("fixed:2", False, None),
+        ("fixed:2", True, None),  # reads no signal: the trace has nothing to calibrate
+        ("rejection:0.4", False, "token_accept_prob"),
+        ("rejection:0.4", True, "token_accept_prob"),
+        ("lookahead:0.4", True, "token_accept_prob"),
+        ("rejection:0.4,signal=entropy", True, "entropy"),
+    ],
+)
+def test_decode_calibrates_what_the_rule_reads_and_nothing_else(
+    lines, speaking_tiny, spoken_trace, policy, traced, signal
+):
+    trace = ["--trace", spoken_trace] if traced else []
+    (answer,) = lines("decode", "--target", speaking_tiny, "--draft", "rtn:group=8,bits=3", "--policy", policy, *trace,
+                      *DECODE)  # fmt: skip
+    assert answer["policy"] == policy and answer["signal"] == signal and answer["num_emitted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("lookahead:0.4", "needs next_accept_prob, which is fitted to a trace; give --trace"),
+        ("rejection:0.4,signal=entropy", "give --trace"),
+        ("oracle", "needs next_accepted, which this live run does not show\n"),
+    ],
+)
+def test_decode_says_what_a_rule_lacks_in_the_commands_own_words(capsys, speaking_tiny, policy, message):
+    argv = ["decode", "--target", speaking_tiny, "--draft", "rtn", "--policy", policy, *DECODE]
+    assert main([*map(str, argv)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("draft", "message"),
+    [
+        (["rtn:bits=4,group=8"], "was recorded with draft"),
+        (None, "was recorded with target"),
+    ],
+)
+def test_decode_refuses_a_trace_of_another_pair(capsys, speaking_tiny, spoken_trace, trace, draft, message):
+    used = spoken_trace if draft else trace
+    draft = draft[0] if draft else "rtn:bits=3,group=8"
+    argv = ["decode", "--target", speaking_tiny, "--draft", draft, "--policy", "rejection:0.4", "--trace", used]
+    capsys.readouterr()
+    assert main([*map(str, argv + DECODE)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err and str(used) in err
+
+
 def test_demo_says_what_it_found(text, lines, monkeypatch, tmp_path):
     monkeypatch.setattr("specstop.demo.run", lambda out, quick: {"out": str(out), "quick": quick})
     monkeypatch.setattr("specstop.report.headline", lambda summary, out: f"see {out}")
@@ -230,6 +323,20 @@ def test_schema_and_policies_list_what_can_be_typed(lines, text):
     assert {"fixed", "rejection", "lookahead", "optimal", "oracle"} <= {rule["name"] for rule in rules}
     assert all(rule["usage"] and rule["does"] for rule in rules)
     assert "markov_modulated" in text("schema") and "rejection:h" in text("policies")
+
+
+def test_every_way_of_writing_a_rule_that_is_listed_can_be_typed(lines, tmp_path):
+    table = tmp_path / "solution.json"
+    table.write_text(json.dumps(lines("solve", PROBLEM)[0]))
+    written = []
+    for rule in lines("policies"):
+        for usage in rule["usage"].split(" or "):
+            head, bracket, option = usage.replace(":K", ":3").replace(":h", ":0.4").partition("[")
+            for text in (head, head + option.removesuffix("]")) if bracket else (head,):
+                written.append(text.replace("FILE", str(table)).replace("NAME", "entropy"))
+    assert {"fixed:3", "rejection:0.4,signal=entropy", "optimal", "optimal:signal=entropy"} <= set(written)
+    for text in written:
+        assert parse(text).text == text
 
 
 def test_people_get_tables(text, trace):
