@@ -70,7 +70,6 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
 
 not_negative = number(-5e-324, float("inf"), "a finite number >= 0")
 fraction = number(0.0, 1.0, "a number between 0 and 1")
-tolerance = number(0.0, 1.0, "a number between 0 and 1")
 seed = whole_number(0, 2**63 - 1)
 
 
@@ -99,7 +98,7 @@ def build_parser() -> Parser:
         )  # fmt: skip
 
     def precision(out: Parser) -> None:
-        out.add_argument("--tol", type=tolerance, default=1e-6, help="relative width of the bounds (default 1e-6)")
+        out.add_argument("--tol", type=fraction, default=1e-6, help="relative width of the bounds (default 1e-6)")
         out.add_argument("--max-knots", type=whole_number(1, 2**24), help="give up beyond so many knots per depth")
 
     def sampling(out: Parser) -> None:
@@ -197,6 +196,7 @@ def _is_file_rather_than_rule(token: str) -> bool:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
+    _open_missing_streams()
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()  # a closed pipe shows here rather than at exit
@@ -239,11 +239,22 @@ def _describe(error: ValueError | OSError) -> str:
 
 
 def _complain(message: str, code: int = BAD_INPUT) -> int:
-    line = " ".join(str(message).split())
+    # What is quoted is a stranger's: an escape sequence in a file's key must not reach the terminal.
+    line = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in " ".join(str(message).split())
+    )
     if len(line) > LONGEST_LINE:
         line = line[: LONGEST_LINE - 4] + " ..."
-    print(f"specstop: error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    print(f"specstop: error: {line}", file=sys.stderr)
     return code
+
+
+def _open_missing_streams() -> None:
+    """Python has None for a stream that is closed (`>&-`), and prints what is meant for it to the other one."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
 
 
 def _drop_stdout() -> None:

@@ -89,6 +89,7 @@ BAD = {
     "replay cost object": (["replay", ".", "--policy", "fixed:4", "--cost", '{"kind": "affine"}'], "missing"),
     "replay cost list": (["replay", ".", "--policy", "fixed:4", "--cost", "[1]"], "--cost: cost: must be an object"),
     "replay cost json": (["replay", ".", "--policy", "fixed:4", "--cost", "{"], "--cost: not JSON"),
+    "replay cost in other digits": (["replay", ".", "--policy", "fixed:4", "--cost", "١"], "--cost: neither a number"),
     "replay cost file": (["replay", ".", "--policy", "fixed:4", "--cost", "bad.json"], "bad.json: cost: must be"),
     "replay level": (["replay", ".", "--policy", "fixed:4", "--level", "1"], "--level: must be a number between"),
     "record nothing": (["record"], "required: --target, --draft, --prompts, --out"),
@@ -140,6 +141,24 @@ BAD_RECORDINGS = {
     "text for a pair without tokenizer": ["--target", "tiny", "--draft", "tiny:1", "--prompts", "text.jsonl"],
     "a folder that is in use": ["--target", "tiny", "--draft", "tiny:1", "--out", "."],
 }
+REFUSED_WITHOUT_MODELS = {
+    "no prompts": (["--prompts", "none.jsonl"], "no such file: none.jsonl"),
+    "bad prompts": (["--prompts", "problem.json"], "problem.json: line 1: not JSON"),
+    "a folder that is in use": (["--out", "."], "is not empty"),
+    "a folder that cannot be one": (["--out", "problem.json"], "is not a folder"),
+    "a temperature between greedy and warm": (["--temperature", "1e-5"], "temperature must be 0 or a number in"),
+}
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSED_WITHOUT_MODELS.values(), ids=REFUSED_WITHOUT_MODELS)
+def test_what_needs_no_models_is_refused_before_they_are_loaded(run, problem, monkeypatch, argv, message):
+    pytest.importorskip("torch")
+    monkeypatch.setattr("realmodels.pair.load_pair", lambda *specs: pytest.fail("models were loaded"))
+    Path("prompts.jsonl").write_text('{"tokens": [1, 2]}\n')
+    pair = ["--target", "tiny", "--draft", "tiny:1"]
+    is_one_line_of_error(run(*RECORD, *pair, *argv), message)
+    if "--temperature" in argv:
+        is_one_line_of_error(run("decode", *pair, "--policy", "fixed:2", "--prompt", "a", *argv), message)
 
 
 def test_a_pair_without_tokenizer_cannot_read_a_prompt(run):
@@ -160,6 +179,13 @@ def test_a_bad_recording_is_refused_and_leaves_no_trace(run, problem, argv):
 def test_a_line_of_error_quotes_no_more_than_fits(run, problem):
     Path("long.json").write_text(json.dumps({"x" * 10_000: 1}))
     is_one_line_of_error(run("solve", "long.json"), "long.json: xxx", " ...")
+
+
+def test_an_escape_sequence_in_a_file_does_not_reach_the_terminal(run, problem):
+    Path("ansi.json").write_text(json.dumps({"\x1b[31mred\x07\u202e": 1}))
+    answer = run("solve", "ansi.json")
+    is_one_line_of_error(answer, r"ansi.json: \x1b[31mred\x07\u202e")
+    assert answer[2].removesuffix("\n").isprintable()
 
 
 def test_a_missing_extra_is_named(run, problem, monkeypatch):
@@ -260,6 +286,20 @@ def test_no_place_for_a_cache_is_no_error(cache):
     env |= {"SPECSTOP_CACHE": cache, "HOME": "/dev/null", "XDG_CACHE_HOME": "/dev/null/x"}
     answer = in_a_new_process("solve", PROBLEM, "--json", env=env)
     assert (answer.returncode, answer.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("command", "closed", "code"),
+    [
+        ("--help", ">&-", 0), ("policies", ">&-", 0), ("schema --json", ">&-", 0), (f"solve {PROBLEM}", ">&-", 0),
+        ("policies", ">&- 2>&-", 0), ("solve none.json", "2>&-", 2), ("solve none.json", ">&- 2>&-", 2),
+    ],
+)  # fmt: skip
+def test_a_closed_stream_is_no_error_and_no_other_takes_its_text(command, closed, code):
+    line = f"{sys.executable} -m specstop {command} {closed}"
+    answer = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert (answer.returncode, answer.stdout, answer.stderr) == (code, "", "")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a POSIX shell")
