@@ -117,6 +117,8 @@ class Trace:
         depth, ids = manifest.get("max_candidates"), manifest.get("request_ids")
         whole = isinstance(depth, int) and not isinstance(depth, bool) and 1 <= depth <= 1024
         need(whole, f"max_candidates must be in 1..1024, got {depth!r:.60}")
+        measured = manifest.get("measured")
+        need(measured is None or isinstance(measured, Mapping), f"measured must be an object, got {measured!r:.60}")
         for key in ("offsets", "limit"):
             need_numbers(key, "iu")
         for key in ("ends", "accepted", "drafts_end"):

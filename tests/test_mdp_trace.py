@@ -47,6 +47,14 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.parametrize("measured", [[1], 5, "soon", True], ids=repr)
+def test_measured_times_are_an_object_or_null(folder, measured):
+    edit_manifest(folder, measured=measured)
+    refused(folder, "measured must be an object")
+    edit_manifest(folder, measured=None)
+    assert load(folder).num_requests == 6
+
+
 def refused(folder, message):
     with pytest.raises(ValueError, match=message) as error:
         load(folder)
