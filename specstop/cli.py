@@ -154,7 +154,11 @@ def build_parser() -> Parser:
     decode.add_argument("--policy", metavar="P", required=True, help="a stopping rule; see `specstop policies`")
     decode.add_argument("--prompt", metavar="TEXT", required=True, help="goes through the chat template, if any")
     decode.add_argument("--trace", help="recorded with this pair: calibrates the signal that the rule reads")
-    decode.add_argument("--score", action="store_true", help="show token_accept_prob: a perfect head, slowly")
+    decode.add_argument(
+        "--score",
+        action="store_true",
+        help="show token_accept_prob, a perfect head, slowly; on if the rule's signal is that one",
+    )
     sampling(decode)
 
     demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")

@@ -74,7 +74,7 @@ def _check_fits(spec: PolicySpec, problem: StoppingProblem) -> None:
 
 def declared_cost(text: str) -> Cost:
     """`--cost`: a number c (a draft step's time in target calls), a JSON object, or a file that holds one."""
-    if re.fullmatch(_NUMBER, text.strip()):
+    if _NUMBER.fullmatch(text.strip()):
         return _named("--cost", lambda: Affine(draft_time=float(text), verify_time=1.0))
     if text.lstrip().startswith(("{", "[")):
         return _named("--cost", lambda: cost_from_dict(parse_json(text)))
@@ -83,11 +83,10 @@ def declared_cost(text: str) -> Cost:
     return _named(text, lambda: cost_from_dict(parse_json(read_text(text))))
 
 
-def check_depth(text: str, cost: Cost, max_candidates: int) -> Cost:
-    """The cost of `--cost` text if it has a time for every number of candidates; else what was typed is named."""
-    inline = _NUMBER.fullmatch(text.strip()) or text.lstrip().startswith(("{", "["))
+def check_depth(text: str, cost: Cost, max_candidates: int) -> None:
+    """Refuse the cost that `text` declared if it lacks a time for some number of candidates."""
+    inline = text.lstrip().startswith(("{", "["))  # a number has a time for any
     _named("--cost" if inline else text, lambda: cost.verify_times(max_candidates))
-    return cost
 
 
 def _named(name: str, make: Callable[[], T]) -> T:
