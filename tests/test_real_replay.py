@@ -22,10 +22,11 @@ from mdp.policy import (  # noqa: E402
     RejectionThreshold,
     ThresholdTable,
 )
-from realmodels.decode import decode, decode_all, total  # noqa: E402
-from realmodels.pair import load_pair  # noqa: E402
+from realmodels.decode import _Run, decode, decode_all, total  # noqa: E402
+from realmodels.pair import ModelPair, load_pair  # noqa: E402
 from realmodels.record import record  # noqa: E402
-from realmodels.verify import verify  # noqa: E402
+from realmodels.sampling import Sampling  # noqa: E402
+from realmodels.verify import Law, verify  # noqa: E402
 from simulate.replay import replay_rounds  # noqa: E402
 from tests.test_real_verify import assert_two_token_law  # noqa: E402
 
@@ -235,18 +236,82 @@ def live_samples(pair, prompt, policy, count):
     return np.array([run.tokens[:2] for run in runs])
 
 
-def test_live_text_has_the_targets_law(pair, monkeypatch):
-    """Caches, crops and positions included; the same check refuses a live run whose correction comes from p."""
-    # No token ends the text here, so that every continuation has two tokens.
-    endless = realmodels.pair.ModelPair(**{**vars(pair), "end_token_ids": ()})
-    prompt = [8, 4, 17]
-    exact = two_token_law(pair, prompt, 4)
-    for policy in (FixedLength(1), MinimumProb(0.5)):
-        assert_two_token_law(live_samples(endless, prompt, policy, 1000), *exact)
+def correction_from_p(monkeypatch):
     monkeypatch.setattr(realmodels.decode, "verify", lambda *args: verify(*args, correct=lambda p, q: p))
-    samples = live_samples(endless, prompt, FixedLength(1), 1000)
+
+
+def bonus_from_q(monkeypatch):
+    honest = _Run.verify
+
+    def wrong(self):
+        law = self.sampling.law(self._read(self.drafter)[-1:])
+
+        def cheat(p, *rest):
+            p.probs[:, -1], p.ids[:, -1] = law.probs, law.ids
+            return verify(p, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(realmodels.decode, "verify", cheat)
+            return honest(self)
+
+    monkeypatch.setattr(_Run, "verify", wrong)
+
+
+def q_not_warped(monkeypatch):
+    honest, feature_law, seen = _Run.draft, Sampling.feature_law, []
+
+    def watch(self, logits):
+        seen.append(logits)
+        return feature_law(self, logits)
+
+    def wrong(self):
+        answer = honest(self)
+        everything = torch.arange(seen[-1].shape[-1])[None]
+        self.draft_laws[-1] = Law(torch.softmax(seen[-1].double(), -1), everything)
+        return answer
+
+    monkeypatch.setattr(Sampling, "feature_law", watch)
+    monkeypatch.setattr(_Run, "draft", wrong)
+
+
+LIVE_BUGS = (correction_from_p, bonus_from_q, q_not_warped)
+
+
+@pytest.fixture(scope="module")
+def endless(pair):
+    """No token ends the text here, so that every continuation has two tokens."""
+    return ModelPair(**{**vars(pair), "end_token_ids": ()})
+
+
+def check_live_law(pair, policy, count):
+    """Caches, crops and positions included."""
+    prompt = [8, 4, 17]
+    assert_two_token_law(live_samples(pair, prompt, policy, count), *two_token_law(pair, prompt, 4))
+
+
+@pytest.mark.parametrize("policy", [FixedLength(1), MinimumProb(0.5)], ids=repr)
+def test_live_text_has_the_targets_law(endless, policy):
+    check_live_law(endless, policy, 1000)
+
+
+def test_the_check_of_the_live_law_catches_a_bug(endless, monkeypatch):
+    correction_from_p(monkeypatch)
     with pytest.raises(AssertionError, match="emitted"):
-        assert_two_token_law(samples, *exact)
+        check_live_law(endless, FixedLength(1), 1000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [FixedLength(0), FixedLength(1), FixedLength(3), MinimumProb(0.5)], ids=repr)
+def test_live_text_has_the_targets_law_in_many_samples(endless, policy):
+    check_live_law(endless, policy, 4000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", LIVE_BUGS)
+def test_many_samples_catch_every_planted_bug(endless, plant, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises(AssertionError, match="emitted"):
+        check_live_law(endless, FixedLength(1), 4000)
 
 
 def test_draws_are_addressed_by_request(pair):
