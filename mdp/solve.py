@@ -35,11 +35,12 @@ import numpy as np
 
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.knots import Grid, even_and_kinks, place
+from mdp.lattice import Rules
 from mdp.policy import ThresholdTable
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["Solution", "SolveStatus", "solve"]
+__all__ = ["Solution", "SolveStatus", "certificate", "improve", "solve"]
 
 THRESHOLD_TOLERANCE = 1e-6
 """Tokens: a threshold is right wherever CONTINUE and STOP differ by more than this."""
@@ -108,7 +109,7 @@ class _Result(NamedTuple):
     num_sweeps: Any
 
 
-def _improve(problem: Arrays, sweep: Sweep, bias: Any) -> tuple[Any, Any]:
+def improve(problem: Arrays, sweep: Sweep | Rules, bias: Any) -> tuple[Any, Any]:
     """Rate and bias of the policy found: Dinkelbach if rounds renew, else Howard's linear system."""
     if problem.bonus is None:
         return (problem.initial @ sweep.emitted) / (problem.initial @ sweep.time), bias
@@ -141,7 +142,7 @@ def _iterate(problem: Arrays, grid: Grid, rate: Any, bias: Any, max_sweeps: int)
 
     def body(carry):
         stalled, best, result = carry
-        new_rate, new_bias = _improve(problem, result.sweep, result.bias)
+        new_rate, new_bias = improve(problem, result.sweep, result.bias)
         swept = sweep(problem, grid, new_rate, new_bias, track=True)
         # A policy's own rate can only rise; when it no longer does, the knots are what limits the bounds.
         still = new_rate <= best * (1.0 + 1e-15)
@@ -226,20 +227,31 @@ def solve(
 
 
 def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray, seen: Sweep) -> tuple[float, float]:
-    """The certificate of the module docstring, widened for rounding."""
-    least, greatest = finite.round_time.min(), finite.round_time.max()
+    """The certificate, for the start regimes that count."""
     if finite.persistent:
         starts = arrays.reachable > 0
         low, high, scale = seen.lower[starts].min(), seen.upper[starts].max(), np.abs(bias[starts]).max()
     else:
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
-    depth = finite.max_candidates
-    rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + rate * greatest)
+    lower, upper = certificate(rate, low, high, finite.round_time, scale, finite.num_regimes)
+    return float(lower), float(upper)
+
+
+def certificate(rate: Any, low: Any, high: Any, round_time: np.ndarray, scale: Any, num_regimes: int) -> tuple:
+    """Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
+
+    Args:
+        rate: rho, at which the round was priced.
+        low, high: under- and over-estimate of T_rho_h - h: least and greatest start, mean over starts if rounds renew.
+        round_time: [..., K + 1] k t_d + V(k).
+        scale: largest size of the bias.
+        num_regimes: Z, the terms of each sum.
+    """
+    least, greatest, depth = round_time.min(axis=-1), round_time.max(axis=-1), round_time.shape[-1] - 1
+    rounding = 8 * np.finfo(float).eps * (depth + num_regimes) * (scale + depth + 1 + rate * greatest)
     low, high = low - rounding, high + rounding
-    return (
-        float(max(rate + low / (greatest if low >= 0 else least), 0.0)),
-        float(rate + high / (least if high >= 0 else greatest)),
-    )
+    lower = np.maximum(rate + low / np.where(low >= 0, greatest, least), 0.0)
+    return lower, rate + high / np.where(high >= 0, least, greatest)
 
 
 def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
