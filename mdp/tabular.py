@@ -73,7 +73,7 @@ def solve_tabular(
         max_candidates: K.
         rate: $\\lambda$; without discount it is not read but found.
         discount: $\\beta$ per decision; 1 for the average reward, whose values are relative to STOP.
-        full: whether to return all values, one more sweep.
+        full: whether to return all values, or thresholds alone.
 
     Raises:
         ValueError: if `discount` is not in (0, 1].
@@ -91,49 +91,62 @@ def _solve(problem: TabularProblem, rate: Any, discount: Any, depth: int, averag
     weight, base = (verify / draft, 1.0) if average else (1.0, 1.0 - rate * (verify - draft))
 
     def lacking(price, worth):
+        """What the scalar equation lacks at this price."""
         return base + discount * (problem.initial @ worth) - weight * price
 
     def improve(price, first):
-        gap = lacking(price, first[:, 0, 0])
-        return price - gap / (discount * (problem.initial @ first[:, 1, 0]) - weight), gap
+        """One step of Newton's method."""
+        return price - lacking(price, first[:, 0, 0]) / (discount * (problem.initial @ first[:, 1, 0]) - weight)
 
     def rest(width, price):
         """Newton's method and the last sweep on the first `width` survivals alone."""
 
         def body(carry):
-            price, _, _, count = carry
-            better, gap = improve(price, _backward(problem, discount, price, width, depth, slopes=True)[0])
-            return better, jnp.abs(better - price), gap, count + 1
+            price, _, count = carry
+            better = improve(price, _backward(problem, discount, price, width, depth, slopes=True)[0])
+            return better, jnp.abs(better - price), count + 1
 
         def unsettled(carry):
-            price, moved, _, count = carry
+            price, moved, count = carry
             return (moved > STEP * (1.0 + jnp.abs(price))) & (count < MAX_NEWTON)
 
-        start = (price, jnp.asarray(jnp.inf, price.dtype), jnp.asarray(jnp.inf, price.dtype), 1)
-        price, _, gap, count = jax.lax.while_loop(unsettled, body, start)
-        if not full:
-            return price, gap, count, None
-        worth = _backward(problem, discount, price, width, depth, slopes=False)[1]
-        return price, lacking(price, worth[0, :, 0]), count + 1, worth
+        start = (price, jnp.asarray(jnp.inf, price.dtype), 1)
+        price, _, count = jax.lax.while_loop(unsettled, body, start)
+        last, going_on, worth = _backward(problem, discount, price, width, depth, slopes=False, values=full)
+        return price, lacking(price, last[:, 0, 0]), count + 1, going_on, worth
 
-    # Never drafting is a policy: its price is below the optimum's, where Newton's method is monotone.
-    start = jnp.asarray(base / weight)
+    # Any policy's price is below the optimum's, where Newton's method is monotone: take the best fixed length.
+    start = _fixed_length(problem, discount, base, weight, depth)
     num_knots = len(problem.survival)
     first = _backward(problem, discount, start, num_knots, depth, slopes=True)[0]
-    price, _ = improve(start, first)
+    price = improve(start, first)
     # U falls as the price rises and as survival does: where it is 0 now it stays so.
     support = (first[:, 0] > 0).any(axis=0).sum() + 1
     widths = sorted({-(-num_knots // part) for part in (8, 4, 2, 1)})
     choice = jnp.searchsorted(jnp.asarray(widths), support)
     branches = [partial(_padded, partial(rest, width), num_knots) for width in widths]
-    price, gap, count, worth = jax.lax.switch(jnp.minimum(choice, len(widths) - 1), branches, jnp.maximum(price, start))
+    price, gap, count, going_on, worth = jax.lax.switch(
+        jnp.minimum(choice, len(widths) - 1), branches, jnp.maximum(price, start)
+    )
     stop_value = jnp.zeros_like(price) if average else (price - rate * draft) / (1.0 - discount)
-    threshold = None
-    if full:
-        goes_on = worth[:-1] > 0
-        threshold = jnp.where(goes_on, problem.survival, jnp.inf).min(axis=2)
-        worth = stop_value + worth
-    return TabularSolution(worth, stop_value, price / draft if average else rate, threshold, gap, count)
+    threshold = jnp.where(going_on > 0, problem.survival[going_on - 1], jnp.inf)
+    value = stop_value + worth if full else None
+    return TabularSolution(value, stop_value, price / draft if average else rate, threshold, gap, count)
+
+
+def _fixed_length(problem: TabularProblem, discount: Any, base: Any, weight: Any, depth: int) -> Any:
+    """The price of the best round of fixed length; the lattice's last knot counts as survival 0."""
+    accept = jnp.exp(problem.steps * jnp.log(problem.survival[1]))
+
+    def step(carry, _):
+        alive, now, earned, paid = carry
+        alive = (alive @ problem.transition) * accept
+        earned, paid = earned + now * alive.sum(), paid + now
+        return (alive, now * discount, earned, paid), (base + earned) / (weight + paid)
+
+    start = (problem.initial, jnp.asarray(discount, accept.dtype), 0.0 * accept[0], 0.0 * accept[0])
+    prices = jax.lax.scan(step, start, None, length=depth)[1]
+    return jnp.maximum(prices.max(), base / weight)
 
 
 def _padded(solve: Any, num_knots: int, price: Any) -> Any:
@@ -145,14 +158,15 @@ def _padded(solve: Any, num_knots: int, price: Any) -> Any:
 
 
 def _backward(
-    problem: TabularProblem, discount: Any, price: Any, width: int, depth: int, slopes: bool
-) -> tuple[Any, Any]:
+    problem: TabularProblem, discount: Any, price: Any, width: int, depth: int, slopes: bool, values: bool = False
+) -> tuple[Any, Any, Any]:
     """Backward induction at one price on the first `width` survivals, with U = 0 on the others.
 
     It ends early where a layer repeats the one after it, bit for bit: so do then all before it (K does not bind).
 
     Returns:
-        $U_0$ [Z, 1, width], with `slopes` and its slope in the price [Z, 2, width]; and without them all of U.
+        $U_0$ [Z, 1, width], with `slopes` also its slope in the price [Z, 2, width]; how many survivals go on [K, Z];
+        and with `values` all of U.
     """
     size, num_knots = problem.transition.shape[0], problem.survival.shape[0]
     parts = 2 if slopes else 1
@@ -164,7 +178,7 @@ def _backward(
     law = discount * problem.transition
 
     def body(carry):
-        k, later, _, kept = carry
+        k, later, _, counts, kept = carry
         near = window(later, start, width)
         mean = (law @ near.reshape(size, -1)).reshape(near.shape)
         going_on = gain + mean[:, 0]
@@ -172,20 +186,22 @@ def _backward(
         if slopes:
             now = jnp.concatenate([now, jnp.where(going_on > 0, mean[:, 1] - 1.0, 0.0)[:, None]], axis=1)
         else:
+            counts = counts.at[k].set((going_on > 0).sum(axis=1))
+        if values:
             kept = jax.lax.dynamic_update_slice(kept, now.transpose(1, 0, 2), (k, 0, 0))
         changed = (now != later[..., :width]).any()
         later = jax.lax.dynamic_update_slice(later, now, (0, 0, 0))
         if width == num_knots:
             edge = jnp.broadcast_to(now[..., -1:], (size, parts, tail))
             later = jax.lax.dynamic_update_slice(later, edge, (0, 0, width))
-        return k - 1, later, changed, kept
+        return k - 1, later, changed, counts, kept
 
     none = jnp.zeros((size, parts, width + tail), problem.survival.dtype)
-    kept = None if slopes else jnp.zeros((depth + 1, size, width), problem.survival.dtype)
-    k, later, _, kept = jax.lax.while_loop(
-        lambda carry: (carry[0] >= 0) & carry[2], body, (jnp.asarray(depth - 1), none, jnp.asarray(True), kept)
-    )
-    first = later[..., :width]
-    if not slopes:
-        kept = jnp.where(jnp.arange(depth + 1)[:, None, None] <= k, first[:, 0], kept)
-    return first, kept
+    kept = jnp.zeros((depth + 1, size, width), problem.survival.dtype) if values else None
+    start_at = (jnp.asarray(depth - 1), none, jnp.asarray(True), jnp.zeros((depth, size), int), kept)
+    k, later, _, counts, kept = jax.lax.while_loop(lambda carry: (carry[0] >= 0) & carry[2], body, start_at)
+    first, depths = later[..., :width], jnp.arange(depth + 1)
+    counts = jnp.where(depths[:-1, None] <= k, (first[:, 0] > 0).sum(axis=1), counts)
+    if values:
+        kept = jnp.where(depths[:, None, None] <= k, first[:, 0], kept)
+    return first, counts, kept

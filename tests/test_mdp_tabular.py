@@ -36,6 +36,9 @@ def test_discounted_values_are_those_of_value_iteration(seed, discount):
     found = solve_tabular(case, DEPTH, rate=0.2, discount=discount)
     np.testing.assert_allclose(np.asarray(found.value), value, atol=1e-10)
     assert abs(found.residual) <= 1e-12
+    lean = solve_tabular(case, DEPTH, rate=0.2, discount=discount, full=False)
+    np.testing.assert_array_equal(lean.threshold, found.threshold)
+    assert lean.value is None
     stop, going_on = actions(case, value, 0.2, discount)
     clear = np.abs(going_on - stop) > 1e-9
     chosen = case.survival >= np.asarray(found.threshold)[..., None]
