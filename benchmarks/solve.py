@@ -39,8 +39,8 @@ LOWEST = 4.0
 
 
 TURN = 0.02
-"""Seconds: a turn repeats short calls until it is about this long. One cold call after a peer's turn costs 2-3 times more
-than the next ones, for us and for them."""
+"""Seconds: a turn repeats short calls until it is about this long. A single call right after a peer's turn finds cold
+caches and sleeping threads; it takes us 2 to 3 times longer than the next ones."""
 
 
 def alternate(ours: Callable, peer: Callable | None, runs: int) -> tuple[float, float | None, Any, Any]:
