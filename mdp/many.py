@@ -56,7 +56,7 @@ class ManySolutions(NamedTuple):
     Attributes:
         throughput, bounds: rho* [B], and proven lower and upper bounds on it [B, 2].
         survival_threshold: [B, K, Z] as in `Solution`: right wherever CONTINUE and STOP differ by more than
-            `threshold_slack` [B] tokens (both at the throughput found).
+            `threshold_slack` [B] tokens, at a rate within 1e-7 of the throughput found.
         bias: [B, Z] relative value of each start regime; zeros if rounds renew.
         block_efficiency, mean_candidates: of the policy found [B].
         status: [B] of `SolveStatus`.

@@ -34,7 +34,7 @@ from mdp.lattice import window
 __all__ = ["TabularProblem", "TabularSolution", "solve_tabular"]
 
 MAX_NEWTON = 50
-STEP = 1e-7
+STEP = 1e-5
 
 
 class TabularProblem(NamedTuple):
@@ -81,8 +81,8 @@ def solve_tabular(
     if not 0 < discount <= 1:
         raise ValueError(f"discount: must be in (0, 1], got {discount!r}")
     with jax.enable_x64(True):
-        arrays = TabularProblem(*(np.asarray(part) for part in problem))
-        return jax.device_get(_solve(arrays, rate, discount, max_candidates, discount == 1, full))
+        arrays: Any = (np.asarray(part) for part in problem)
+        return jax.device_get(_solve(TabularProblem(*arrays), rate, discount, max_candidates, discount == 1, full))
 
 
 @partial(jax.jit, static_argnames=("depth", "average", "full"))
@@ -197,7 +197,7 @@ def _backward(
         return k - 1, later, changed, counts, kept
 
     none = jnp.zeros((size, parts, width + tail), problem.survival.dtype)
-    kept = jnp.zeros((depth + 1, size, width), problem.survival.dtype) if values else None
+    kept: Any = jnp.zeros((depth + 1, size, width), problem.survival.dtype) if values else None
     start_at = (jnp.asarray(depth - 1), none, jnp.asarray(True), jnp.zeros((depth, size), int), kept)
     k, later, _, counts, kept = jax.lax.while_loop(lambda carry: (carry[0] >= 0) & carry[2], body, start_at)
     first, depths = later[..., :width], jnp.arange(depth + 1)
