@@ -119,7 +119,7 @@ def solve_many(
         >>> from mdp.cost import Affine
         >>> grid = [StoppingProblem(IID(0.8), Affine(t, 1.0), max_candidates=12) for t in (0.1, 0.2)]
         >>> solve_many(grid).throughput.round(6).tolist()
-        [2.403047, 1.8676]
+        [2.46964, 1.867556]
     """
     if not tol > 0:
         raise ValueError(f"tol: must be > 0, got {tol!r}")

@@ -182,7 +182,7 @@ def solve(
         >>> from mdp.cost import Affine
         >>> solution = solve(StoppingProblem(IID(0.8), Affine(draft_time=0.2, verify_time=1.0), max_candidates=12))
         >>> solution.status.name, round(solution.throughput, 6), round(solution.mean_candidates, 6)
-        ('successful', 1.8676, 4.0)
+        ('successful', 1.867556, 4.0)
     """
     for name, value in (("tol", tol), ("max_knots", max_knots), ("max_sweeps", max_sweeps)):
         if not value > 0:
