@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 
 from mdp.acceptance import IID, AcceptanceProcess, MarkovModulated, Position, square
 from mdp.chain import reachable
-from mdp.cost import Affine, Cost, Table
+from mdp.cost import Affine, Cost, Overlapped, Roofline, Table
 
 __all__ = ["FiniteProblem", "Persistent", "StoppingProblem", "cost_from_dict", "load", "loads", "schema", "start_graph"]
 
@@ -113,7 +113,10 @@ class StoppingProblem:
     def _lowered(self) -> FiniteProblem:
         depth = int(self.max_candidates)
         chain = self.acceptance.lower(depth)
-        times = self.cost.verify_times(depth)
+        with np.errstate(over="ignore", invalid="ignore"):
+            times, round_times = self.cost.verify_times(depth), self.cost.round_times(depth)
+        if not np.isfinite(round_times).all():
+            raise ValueError("cost: the time of a round is too large for a float")
         finite = FiniteProblem(*chain, draft_time=self.cost.draft_time, verify_time=times)
         if self.coupling is None:
             return finite
@@ -169,7 +172,7 @@ def _to_dict(part: Any) -> dict[str, Any]:
 
 
 ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, MarkovModulated)}
-COST = {cls.kind: cls for cls in (Affine, Table)}
+COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
 NOT_YET = ("beta_mixture",)
 
 
