@@ -14,10 +14,22 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["IID", "AcceptanceProcess", "FiniteChain", "MarkovModulated", "Position", "distribution", "probabilities"]
+__all__ = [
+    "IID",
+    "AcceptanceProcess",
+    "FiniteChain",
+    "MarkovModulated",
+    "Position",
+    "StartLaws",
+    "TokenPair",
+    "distribution",
+    "probabilities",
+    "square",
+]
 
 ROW_SUM_TOLERANCE = 1e-8
 MAX_REGIMES = 4096
+MAX_VOCABULARY = 32
 
 
 class FiniteChain(NamedTuple):
@@ -26,6 +38,13 @@ class FiniteChain(NamedTuple):
     transition: Float[np.ndarray, "Z Z"]
     accept_prob: Float[np.ndarray, "K Z"]
     initial: Float[np.ndarray, " Z"]
+
+
+class StartLaws(NamedTuple):
+    """Where the next round starts: row-stochastic laws after a first rejection in regime z, and after none."""
+
+    rejection: Float[np.ndarray, "Z Z"]
+    bonus: Float[np.ndarray, "Z Z"]
 
 
 def probabilities(name: str, value: object, ndim: int) -> np.ndarray:
@@ -90,6 +109,10 @@ class AcceptanceProcess:
             ValueError: if the process does not fit that many.
         """
         raise NotImplementedError
+
+    def start_laws(self) -> StartLaws | None:
+        """The coupling of rounds, for processes that leave no choice; None: the problem says."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -169,3 +192,70 @@ def square(name: str, value: object, size: int) -> np.ndarray:
     if array.shape != (size, size):
         raise ValueError(f"{name}: must be {size} x {size}, got {array.shape[0]} x {array.shape[1]}")
     return array
+
+
+@dataclass(frozen=True)
+class TokenPair(AcceptanceProcess):
+    r"""A draft and a target over n tokens, each an order-1 chain: row u is the law of the token behind u. Exact.
+
+    Regime $(u, v)$, number $u n + v$: token v was drafted behind u. From there the draft moves to $(v, w)$ with
+    $q(w|v)$; $a(u, v) = \min\{1, p(v|u)/q(v|u)\}$. A rejection puts the correction c, of law
+    $\propto (p(c|u) - q(c|u))^+$ at the context u, on the start regime $(\bullet, c)$; a round accepted whole puts the
+    bonus c, of law $p(c|v)$, there; rounds are persistent by nature. The dummy $\bullet$ is token 0: what was drafted
+    before a round started is never read. The emitted text is a path of the target's chain. The optimal threshold
+    depends on v only.
+
+    Args:
+        draft, target: row-stochastic [n, n], at most 32 tokens.
+        prompt_token: the last token of the prompt, where the first round starts.
+    """
+
+    draft: np.ndarray = field(hash=False)
+    target: np.ndarray = field(hash=False)
+    prompt_token: int = 0
+    kind = "token_pair"
+
+    def __post_init__(self) -> None:
+        size = len(self.draft) if isinstance(self.draft, (list, tuple, np.ndarray)) else 0
+        if size > MAX_VOCABULARY:
+            raise ValueError(f"acceptance.draft: at most {MAX_VOCABULARY} tokens, got {size}")
+        object.__setattr__(self, "draft", square("acceptance.draft", self.draft, size))
+        object.__setattr__(self, "target", square("acceptance.target", self.target, size))
+        token = self.prompt_token
+        if isinstance(token, bool) or not isinstance(token, (int, np.integer)) or not 0 <= token < size:
+            raise ValueError(
+                f"acceptance.prompt_token: must be a whole number in 0..{size - 1} (a token), got {token!r:.60}"
+            )
+        object.__setattr__(self, "prompt_token", int(token))
+
+    @property
+    def num_tokens(self) -> int:
+        """n, the size of the vocabulary."""
+        return len(self.draft)
+
+    @property
+    def num_regimes(self) -> int:
+        return self.num_tokens**2
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        size = self.num_tokens
+        transition = np.zeros((size, size, size, size))  # [u, v, v, w]
+        both = np.arange(size)
+        transition[:, both, both, :] = self.draft
+        accept_prob = np.ones((size, size))
+        np.divide(self.target, self.draft, out=accept_prob, where=self.target < self.draft)
+        initial = np.zeros(self.num_regimes)
+        initial[self.prompt_token] = 1.0
+        flat = (self.num_regimes, self.num_regimes)
+        return FiniteChain(transition.reshape(flat), np.tile(accept_prob.ravel(), (max_candidates, 1)), initial)
+
+    def start_laws(self) -> StartLaws:
+        size = self.num_tokens
+        residual = np.maximum(self.target - self.draft, 0.0)
+        mass = residual.sum(axis=1, keepdims=True)
+        # Where draft and target agree nothing is rejected, and any law will do.
+        residual = np.where(mass > 0, residual / np.where(mass > 0, mass, 1.0), self.target)
+        rejection, bonus = np.zeros((2, self.num_regimes, self.num_regimes))
+        rejection[:, :size] = np.repeat(residual, size, axis=0)  # by u
+        bonus[:, :size] = np.tile(self.target, (size, 1))  # by v
+        return StartLaws(rejection, bonus)
