@@ -22,7 +22,17 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.sparse.csgraph import connected_components
 
-from mdp.acceptance import IID, AcceptanceProcess, MarkovModulated, Position, StartLaws, TokenPair, square
+from mdp.acceptance import (
+    IID,
+    AcceptanceProcess,
+    BetaMixture,
+    FiniteChain,
+    MarkovModulated,
+    Position,
+    StartLaws,
+    TokenPair,
+    square,
+)
 from mdp.chain import reachable
 from mdp.cost import Affine, Cost, Overlapped, Roofline, Table
 
@@ -104,16 +114,35 @@ class StoppingProblem:
         depth = self.max_candidates
         if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or not 1 <= depth <= MAX_CANDIDATES:
             raise ValueError(f"max_candidates: must be a whole number in 1..{MAX_CANDIDATES}, got {depth!r}")
-        self.lower()
+        self.unseen()
 
     def lower(self) -> FiniteProblem:
-        """The arrays solvers work on; checked and cached."""
+        """The arrays solvers work on; checked and cached.
+
+        Raises:
+            ValueError: if the process is continuous (`acceptance.finite` is false): then `bracket` it.
+        """
         return self._lowered
+
+    def bracket(self, cells: int) -> tuple[FiniteProblem, FiniteProblem]:
+        """Two finite problems whose best throughputs enclose this one's; twice itself if the process is finite."""
+        if self.acceptance.finite:
+            return self.lower(), self.lower()
+        low, high = self.acceptance.bracket(int(self.max_candidates), cells)
+        return self._checked(low), self._checked(high)
+
+    def unseen(self) -> FiniteProblem:
+        """The problem as `fixed` and `oracle` meet it, which look at no regime: continuous acceptances averaged."""
+        if isinstance(self.acceptance, BetaMixture):
+            return self._checked(self.acceptance.unseen(int(self.max_candidates)))
+        return self.lower()
 
     @cached_property
     def _lowered(self) -> FiniteProblem:
+        return self._checked(self.acceptance.lower(int(self.max_candidates)))
+
+    def _checked(self, chain: FiniteChain) -> FiniteProblem:
         depth = int(self.max_candidates)
-        chain = self.acceptance.lower(depth)
         with np.errstate(over="ignore", invalid="ignore"):
             times, round_times = self.cost.verify_times(depth), self.cost.round_times(depth)
         if not np.isfinite(round_times).all():
@@ -191,9 +220,8 @@ def _to_dict(part: Any) -> dict[str, Any]:
     return {"kind": part.kind, **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}}
 
 
-ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, MarkovModulated, TokenPair)}
+ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, TokenPair)}
 COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
-NOT_YET = ("beta_mixture",)
 
 
 def _part(name: str, value: Any, kinds: Mapping[str, type], default: str | None = None) -> Any:
@@ -201,8 +229,6 @@ def _part(name: str, value: Any, kinds: Mapping[str, type], default: str | None 
     if not isinstance(value, dict):
         raise ValueError(f"{name}: must be an object, got {value!r:.60}")
     kind = value.get("kind", default)
-    if kind in NOT_YET:
-        raise ValueError(f"{name}.kind: {kind} is not yet available; choose from {', '.join(kinds)}")
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{name}.kind: must be one of {', '.join(kinds)}, got {kind!r:.60}")
     cls, given = kinds[kind], {key: item for key, item in value.items() if key != "kind"}
