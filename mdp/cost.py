@@ -40,15 +40,17 @@ class Cost:
         return np.arange(max_candidates + 1) * self.draft_time + self.verify_times(max_candidates)
 
 
+SHORTEST, LONGEST = 1e-100, 1e100
+"""No clock needs more; sums and products of such times stay finite in float64."""
+
+
 def _time(name: str, value: object, zero: bool = False) -> float:
-    number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    try:
-        out = float(value) if number else np.nan  # type: ignore[arg-type]
-    except OverflowError:
-        out = np.inf
-    if not np.isfinite(out) or out < 0 or (out == 0 and not zero):
-        raise ValueError(f"{name}: must be a finite number {'>= 0' if zero else '> 0'}, got {value!r:.60}")
-    return out
+    good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    least = 0.0 if zero else SHORTEST
+    if not good or not least <= value <= LONGEST:  # type: ignore[operator]
+        sign = ">=" if zero else ">"
+        raise ValueError(f"{name}: must be a finite number {sign} 0 (in {least:g}..{LONGEST:g}), got {value!r:.60}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _whole(name: str, value: object, least: int) -> int:
@@ -152,8 +154,10 @@ class Roofline(Cost):
         object.__setattr__(self, "batch_size", _whole("cost.batch_size", self.batch_size, 1))
         object.__setattr__(self, "context_length", _whole("cost.context_length", self.context_length, 0))
         for name, value in (("draft step", self.draft_time), ("target pass", float(self.verify_times(0)[0]))):
-            if not 0 < value < np.inf:
-                raise ValueError(f"cost: the time of a {name} must be a finite number > 0, it comes to {value!r}")
+            if not SHORTEST <= value <= LONGEST:
+                raise ValueError(
+                    f"cost: the time of a {name} must be a number in {SHORTEST:g}..{LONGEST:g}, it comes to {value!r}"
+                )
 
     @property
     def draft_time(self) -> float:  # type: ignore[override]

@@ -134,7 +134,8 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
         # lower: the best of STOP and the two rules kept around this survival
         left, right = (survival * slope[index] - rate * time[index] for index in (at, at + 1))
         goes_on = jnp.maximum(left, right) >= stop - TIE * (1.0 + jnp.abs(stop))
-        best = jnp.where(right > left, at + 1, at)
+        # on a kink the rule above it, so that each knot keeps the line to its right
+        best = jnp.where(right >= left - TIE * (1.0 + jnp.abs(left)), at + 1, at)
         between = (1.0 - weight) * upper[at] + weight * upper[at + 1]
         missed = ((1.0 - accept) * after_rejection)[:, None]
         outcomes = jnp.stack(

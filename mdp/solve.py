@@ -17,7 +17,8 @@ $\check\delta = \min_z (\check T_{\rho h} - h)$ from rules, over reachable start
 `initial`), and $T_{min}, T_{max}$ the least and greatest round times, whatever $\rho$ and $h$:
 $\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge \rho + \check\delta / T_{min}$
 ($/ T_{max}$ if positive), widened for rounding. The loop ends `successful` only if these bounds are closer than `tol`
-and CONTINUE - STOP at each threshold is known to half of `THRESHOLD_TOLERANCE`.
+and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half for $\rho$; the bias
+is taken as it is).
 
 *Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
 one, the upper bound that of the upper one.
@@ -194,19 +195,21 @@ def solve(
         if not value > 0:
             raise ValueError(f"{name}: must be > 0, got {value!r}")
     start = time.perf_counter()
+    finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
+    # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
+    unit = 2.0 ** np.frexp(finite.round_time.max())[1]
     if isinstance(problem, StoppingProblem) and not problem.acceptance.finite:
-        found, closed = _bracketed(problem, tol, max_knots, max_sweeps)
+        found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
     else:
-        finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
-        found = _close(finite, tol, THRESHOLD_TOLERANCE / 2, max_knots, max_sweeps)
+        half = THRESHOLD_TOLERANCE / 2
+        found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps)
         closed = found.closed
     lower, upper = found.bounds
-    throughput = float(np.clip(found.rate, lower, upper))
-    plain_time = problem.unseen().verify_time[0] if isinstance(problem, StoppingProblem) else problem.verify_time[0]
+    throughput = float(np.clip(found.rate, lower, upper) / unit)
     return Solution(
         throughput=throughput,
-        speedup=throughput * float(plain_time),
-        bounds=found.bounds,
+        speedup=throughput * float(finite.verify_time[0]),
+        bounds=(float(lower / unit), float(upper / unit)),
         survival_threshold=found.threshold,
         bias=found.bias,
         **found.rates,
@@ -231,10 +234,24 @@ class _Found(NamedTuple):
     num_knots: int
 
 
+def _in_units(finite: FiniteProblem, unit: float) -> FiniteProblem:
+    return finite._replace(draft_time=finite.draft_time / unit, verify_time=finite.verify_time / unit)
+
+
 def _close(
-    finite: FiniteProblem, tol: float, slack_tol: float, max_knots: int, max_sweeps: int, like: _Found | None = None
+    finite: FiniteProblem,
+    tol: float,
+    slack_tol: float,
+    shift_tol: float,
+    max_knots: int,
+    max_sweeps: int,
+    like: _Found | None = None,
 ) -> _Found:
-    """Refine knots until the bounds and the thresholds have closed; `like` is a similar problem's end to start from."""
+    """Refine knots until the bounds and the thresholds have closed.
+
+    `slack_tol` and `shift_tol` are tokens: what knots, and the rate's own uncertainty, may do to a threshold. `like`
+    is the end of a similar problem, to start from.
+    """
     arrays, into = lump(finite)
     depth = finite.max_candidates
     rate, bias = np.float64(1.0 / finite.verify_time[0]), np.zeros(len(arrays.initial))
@@ -259,7 +276,9 @@ def _close(
             threshold, slack = seen.threshold, seen.slack[:depth][:, into].max(axis=1)
             low, high = _bounds(finite, arrays, rate, bias, seen)
             lower, upper = max(lower, low), min(upper, high)
-            improving = upper - lower > tol * lower
+            # What the rate's own uncertainty can shift a threshold by: it prices the time between STOP and CONTINUE.
+            shift = (upper - lower) * np.ptp(finite.round_time)
+            improving = upper - lower > tol * lower or shift > shift_tol
             closed = not improving and slack.max() <= slack_tol
             if closed or (attempt >= 2 and 4 * num_knots > max_knots):
                 break
@@ -268,7 +287,9 @@ def _close(
                   num_sweeps, num_knots)  # fmt: skip
 
 
-def _bracketed(problem: StoppingProblem, tol: float, max_knots: int, max_sweeps: int) -> tuple[_Found, bool]:
+def _bracketed(
+    problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
+) -> tuple[_Found, bool]:
     r"""A continuous process between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
 
     The lower problem's threshold S is reported. With $D$ the worth of CONTINUE - STOP in the true problem at the true
@@ -292,7 +313,7 @@ def _bracketed(problem: StoppingProblem, tol: float, max_knots: int, max_sweeps:
         fine, knots = level > 0, min(max_knots, MAX_ENTRIES // (depth * cells))
         goal, slack = (tol / 4, THRESHOLD_TOLERANCE / 4) if fine else (max(tol, 1e-5), np.inf)
         low, high = (
-            _close(finite, goal, slack, knots, max_sweeps, like)
+            _close(_in_units(finite, unit), goal, slack, np.inf, knots, max_sweeps, like)
             for finite, like in zip(problem.bracket(cells), (low, high), strict=True)
         )
         num_sweeps += low.num_sweeps + high.num_sweeps
@@ -318,8 +339,9 @@ def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray
         low, high, scale = seen.lower[starts].min(), seen.upper[starts].max(), np.abs(bias[starts]).max()
     else:
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
-    depth = finite.max_candidates
-    rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + rate * greatest)
+    # Values that matter are no worse than stopping at once; those beyond lose by more than they are rounded.
+    depth, worst = finite.max_candidates, rate * finite.verify_time[0]
+    rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + worst)
     low, high = low - rounding, high + rounding
     return (
         float(max(rate + low / (greatest if low >= 0 else least), 0.0)),

@@ -127,10 +127,10 @@ BAD = [
       for bad in (0, -1, 1.5, True, "1", 10**30)],
     *[({**ROOFLINE, "context_length": bad}, "cost.context_length: must be a whole number in 0..")
       for bad in (-1, 1.5, False, None)],
-    ({**ROOFLINE, "memory_bandwidth": 1e-300, "draft_weight_bytes": 1e300}, "cost: the time of a draft step must be"),
-    ({**ROOFLINE, "target_weight_bytes": 1e300, "memory_bandwidth": 1e-300}, "cost: the time of a"),
-    ({**ROOFLINE, "memory_bandwidth": 1e300, "peak_flops": 1e300, "draft_weight_bytes": 1e-300,
-      "draft_kv_bytes": 0, "draft_flops": 1e-300}, "cost: the time of a draft step must be"),
+    ({**ROOFLINE, "memory_bandwidth": 1e-90, "draft_weight_bytes": 1e90}, "cost: the time of a draft step must be"),
+    ({**ROOFLINE, "target_weight_bytes": 1e90, "memory_bandwidth": 1e-90}, "cost: the time of a"),
+    ({**ROOFLINE, "memory_bandwidth": 1e90, "peak_flops": 1e90, "draft_weight_bytes": 1e-90,
+      "draft_kv_bytes": 0, "draft_flops": 1e-90}, "cost: the time of a draft step must be"),
     ({"kind": "roofline"}, "cost.draft_weight_bytes: missing"),
     ({**ROOFLINE, "flops": 1}, "cost.flops: unknown key"),
     *[({**OVERLAPPED, "overlap": bad}, "cost.overlap: must") for bad in (-0.1, 1.1, True, "1", None)],
@@ -144,8 +144,3 @@ def test_bad_times_are_refused_in_one_line_that_names_the_field(cost, message):
     with pytest.raises(ValueError) as error:
         cost_from_dict(cost)
     assert message in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_round_that_no_float_can_time_is_refused():
-    with pytest.raises(ValueError, match="cost: the time of a round is too large"):
-        StoppingProblem(IID(0.5), Affine(1.0, 1.0, 1e308), 3)
