@@ -40,7 +40,7 @@ from jaxtyping import Array, Float, Int, Key
 from mdp import entrants
 from mdp.acceptance import BetaMixture
 from mdp.chain import recurrent_classes, stationary_law
-from mdp.evaluate import round_law
+from mdp.evaluate import long_run, round_law
 from mdp.metrics import Tally
 from mdp.policy import Observation, Outcome, Policy, PolicySpec
 from mdp.problem import FiniteProblem, StoppingProblem
@@ -176,14 +176,11 @@ def _start(world: "_World", finite: FiniteProblem, text: str, rule: Policy, key:
     size, depth = finite.num_regimes, finite.max_candidates
     if size**3 * math.comb(depth + size - 2, size - 1) <= MAX_EXACT_STATES:
         try:
-            chain = round_law(finite, rule).next_start
+            law = round_law(finite, rule)
         except ValueError:  # a rule that only the simulator can play
             pass
         else:
-            classes = recurrent_classes(chain, finite.initial)
-            if len(classes) > 1:
-                raise ValueError(f"policy {text!r}: its start regimes fall into {len(classes)} recurrent classes")
-            return stationary_law(chain, classes[0]), False
+            return long_run(law, finite.initial, text), False
     repeats = max(PILOT_ROUNDS // (size * PILOT_LANES), 1)
     counts = _pilot(world, rule, jr.fold_in(key, np.uint32(PILOT)), repeats)
     rejected, kept = (np.asarray(count) / (repeats * PILOT_LANES) for count in counts)
@@ -275,7 +272,7 @@ def _initial_state(rule: Any) -> Any:
     """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
     state = jax.tree_util.tree_map(jnp.asarray, rule.init())
     no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
-    seen = Observation(whole, real, real, whole, real, next_accepted=no)
+    seen = Observation(whole, real, real, whole, real, next_accepted=no if "next_accepted" in rule.needs else None)
     after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], Outcome(whole, whole)), state)
     return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)
 
@@ -349,7 +346,8 @@ def _candidate(world: _World, rule: Any, now: _Drafting, k: Any, regime_coin: An
         next_accept_prob=world.next_accept_prob[k, now.regime],
         regime=now.regime,
         token_accept_prob=now.token_accept_prob,
-        next_accepted=accepted & ~now.rejected,
+        # clairvoyance is shown to those only who say that they use it
+        next_accepted=accepted & ~now.rejected if "next_accepted" in rule.needs else None,
     )
     asked, stop = rule.stop(now.state, seen)
     keep = now.drafting

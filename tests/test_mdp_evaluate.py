@@ -176,9 +176,21 @@ def split_problem(initial=(0.5, 0.5)):
     return StoppingProblem(chain, Affine(0.2, 1.0), 2, Persistent(STAY, STAY))
 
 
-def test_a_rule_with_two_long_runs_is_refused():
-    with pytest.raises(ValueError, match=r"'fixed:0': its start regimes fall into 2 recurrent classes"):
-        evaluate(split_problem(), "fixed:0")
+def test_a_rule_with_two_equal_long_runs_is_fine():
+    assert evaluate(split_problem(), "fixed:0").throughput == 1.0
+
+
+def test_a_rule_that_does_not_read_survival_is_no_tree():
+    size, rng = 40, np.random.default_rng(0)
+    chain = MarkovModulated(rng.dirichlet(np.ones(size), size), rng.random(size), rng.dirichlet(np.ones(size)))
+    problem = StoppingProblem(chain, Affine(0.1, 1.0), 30)
+    mass, emitted = chain.initial, 1.0
+    for _ in range(12):
+        mass = (mass @ chain.transition) * chain.accept_prob
+        emitted += mass.sum()
+    assert evaluate(problem, "fixed:12").throughput == pytest.approx(emitted / 2.2, rel=1e-12)
+    with pytest.raises(ValueError, match="too large for exact evaluation"):
+        evaluate(problem, "rejection:0.9")
 
 
 def test_a_rule_whose_other_long_run_is_out_of_reach_is_fine():
@@ -257,7 +269,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(policy, message):
 def test_a_tree_that_is_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(mdp.evaluate, "MAX_STATES", 3)
     with pytest.raises(ValueError, match=r"too large for exact evaluation .* simulate it instead"):
-        evaluate(split_problem(), "fixed:2")
+        evaluate(split_problem(), "rejection:0.5")
 
 
 def test_a_table_with_fewer_rows_stops_where_they_end():
@@ -274,12 +286,12 @@ def test_every_way_to_name_a_rule_is_the_same_rule():
 # --- The laws above are seen to fail
 
 MUTANTS = {
-    "V(k) is off by one": ("problem.verify_time[k] * ended", "problem.verify_time[k - 1] * ended"),
-    "survival is reset by each candidate": ("survival[parent] * accept[child]", "accept[child]"),
+    "V(k) is off by one": ("problem.verify_time[k] * states", "problem.verify_time[k - 1] * states"),
+    "survival is reset by each candidate": ("states.survival[parent] * accept[child]", "accept[child]"),
     "the rejected candidate's survival is kept": ("(into * (1.0 - accept))", "into"),
-    "the bonus leads where a rejection would": ("@ bonus[regime[stops]]", "@ rejection[regime[stops]]"),
-    "a step behind a stop is paid": ("going_on = mass.sum(axis=0)", "going_on = mass.sum(axis=0) + ended.sum()"),
-    "merged states lose mass": ("np.add.at(merged, group, ", "merged.__setitem__(group, "),
+    "the bonus leads where a rejection would": ("@ bonus[states.regime[stops]]", "@ rejection[states.regime[stops]]"),
+    "a step behind a stop is paid": ("going_on = states.mass.sum(axis=0)", "going_on = starts.sum(axis=1)"),
+    "merged states lose mass": ("np.add.at(mass, group, ", "mass.__setitem__(group, "),
     "the oracle forgets its drafts": ("time += (k * problem.draft_time + ", "time += (0 * k + "),
 }  # fmt: skip
 
