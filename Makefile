@@ -35,7 +35,7 @@ format: .venv/.all
 	.venv/bin/ruff check --fix .
 
 notebooks: .venv/.all
-	SPECSTOP_SMALL=1 .venv/bin/python -m pytest --nbmake notebooks
+	SPECSTOP_SMALL=1 .venv/bin/python -m pytest --nbmake notebooks/*.ipynb
 
 ci:
 	.ci/run

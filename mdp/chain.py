@@ -6,6 +6,9 @@ from scipy.sparse.csgraph import connected_components
 
 __all__ = ["reachable", "recurrent_classes", "stationary_law"]
 
+NEGLIGIBLE = 1e-150
+"""A round as rare as this never comes; its inverse squared would overflow."""
+
 
 def reachable(edges: Bool[np.ndarray, "Z Z"], start: Bool[np.ndarray, " Z"]) -> Bool[np.ndarray, " Z"]:
     """Regimes that can be met from `start` in any number of steps, none included."""
@@ -19,7 +22,7 @@ def reachable(edges: Bool[np.ndarray, "Z Z"], start: Bool[np.ndarray, " Z"]) -> 
 
 def recurrent_classes(chain: Float[np.ndarray, "Z Z"], initial: Float[np.ndarray, " Z"]) -> list[np.ndarray]:
     """The closed classes of regimes that the chain can end up in from `initial`."""
-    edges = chain > 0
+    edges = chain > NEGLIGIBLE
     met = np.flatnonzero(reachable(edges, initial > 0))
     count, labels = connected_components(edges[np.ix_(met, met)], connection="strong")
     classes = [met[labels == label] for label in range(count)]
@@ -33,6 +36,7 @@ def stationary_law(chain: Float[np.ndarray, "Z Z"], members: np.ndarray) -> Floa
     parts of the chain hardly ever meet.
     """
     rest = chain[np.ix_(members, members)].astype(np.float64)
+    rest[rest <= NEGLIGIBLE] = 0.0
     for last in range(len(members) - 1, 0, -1):
         rest[:last, last] /= rest[last, :last].sum()
         rest[:last, :last] += np.outer(rest[:last, last], rest[last, :last])

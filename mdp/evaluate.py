@@ -10,6 +10,8 @@ Renewal: throughput = E[emitted] / E[time]. Persistent: the same under the stati
 must be unique: a rule that splits the start regimes into several recurrent classes has no one throughput.
 
 The oracle needs no tree: it stops after k candidates if and only if exactly k would be accepted.
+
+Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
 """
 
 from dataclasses import dataclass
@@ -21,12 +23,13 @@ from jaxtyping import Float
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.entrants import fit_depth, label, needs, read
 from mdp.metrics import Tally
-from mdp.policy import Observation, Oracle, Policy, PolicySpec
+from mdp.policy import FixedLength, Observation, Oracle, Policy, PolicySpec
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["Evaluation", "RoundLaw", "evaluate", "round_law"]
+__all__ = ["Evaluation", "RoundLaw", "evaluate", "long_run", "round_law"]
 
 MAX_STATES = 5_000_000
+SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
 
@@ -90,7 +93,7 @@ def evaluate(
         >>> evaluate(problem, "fixed:2").throughput  # (1 + 1/2 + 1/4) / (2 * 0.5 + 1)
         0.875
     """
-    finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+    finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     (spec,) = read([policy])
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
@@ -99,18 +102,35 @@ def evaluate(
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
+    process = problem.acceptance if isinstance(problem, StoppingProblem) else None
+    if process is not None and not process.finite and not isinstance(rule, (FixedLength, Oracle)):
+        raise ValueError(
+            f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
+        )
     law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
-    weights = np.ones(1)
-    if finite.persistent:
-        classes = recurrent_classes(law.next_start, finite.initial)
-        if len(classes) > 1:
-            raise ValueError(f"policy {spec.text!r}: its start regimes fall into {len(classes)} recurrent classes")
-        weights = stationary_law(law.next_start, classes[0])
+    weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     tally = Tally(num_target_calls=1.0, num_drafted=drafted, num_emitted=emitted,
                   num_discarded=drafted - (emitted - 1.0), num_cut=0.0, time=time)  # fmt: skip
     speedup = float(tally.throughput) * float(finite.verify_time[0])
     return Evaluation(spec.text, tally, speedup, None if solution is None else solution.bounds)
+
+
+def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Float[np.ndarray, " Z"]:
+    """Stationary law of the start regime of a persistent problem under a policy.
+
+    Raises:
+        ValueError: if the start regimes fall into recurrent classes with different throughputs.
+    """
+    classes = recurrent_classes(law.next_start, initial)
+    laws = [stationary_law(law.next_start, members) for members in classes]
+    rates = [(weights @ law.emitted) / (weights @ law.time) for weights in laws]
+    if max(rates) - min(rates) > SAME_RATE * max(rates):
+        raise ValueError(
+            f"policy {text!r}: its start regimes fall into {len(classes)} recurrent classes with throughputs "
+            f"from {min(rates):.6g} to {max(rates):.6g}"
+        )
+    return laws[0]
 
 
 def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
@@ -133,54 +153,86 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
     next_accept_prob = problem.next_accept_prob
     bonus = problem.bonus if problem.bonus is not None else np.zeros((size, 0))
     rejection = problem.rejection if problem.rejection is not None else np.zeros((size, 0))
-    regime, survival, mass = np.arange(size), np.ones(size), starts.T.copy()  # mass: [state, start]
+    states = _States(np.arange(size), np.ones(size) if "survival" in needs(policy) else None, starts.T, starts.T)
     emitted, time, drafted = np.ones(len(starts)), np.zeros(len(starts)), np.zeros(len(starts))
     next_start = np.zeros((len(starts), bonus.shape[1]))
     for k in range(depth + 1):
-        stops = np.ones(len(regime), dtype=bool)
+        stops = np.ones(len(states.regime), dtype=bool)
         if k < depth:
             observation = Observation(
                 num_candidates=k,
-                survival=survival,
-                next_accept_prob=next_accept_prob[k][regime],
-                regime=regime,
-                token_accept_prob=problem.accept_prob[k - 1][regime] if k else np.ones(len(regime)),
+                survival=states.survival,
+                next_accept_prob=next_accept_prob[k][states.regime],
+                regime=states.regime,
+                token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
             )
             new_state, answer = policy.stop(state, observation)
             if new_state is not state:
                 raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
-            stops = np.broadcast_to(np.asarray(answer, dtype=bool), regime.shape)
-        ended = mass[stops]
-        time += problem.verify_time[k] * ended.sum(axis=0)
-        next_start += (ended * survival[stops, None]).T @ bonus[regime[stops]]
-        regime, survival, mass = regime[~stops], survival[~stops], mass[~stops]
-        if len(regime) == 0:
+            stops = np.broadcast_to(np.asarray(answer, dtype=bool), stops.shape)
+        time += problem.verify_time[k] * states.mass[stops].sum(axis=0)
+        next_start += states.alive[stops].T @ bonus[states.regime[stops]]
+        states = states.select(~stops)
+        if len(states.regime) == 0:
             break
-        going_on = mass.sum(axis=0)
+        going_on = states.mass.sum(axis=0)
         time += problem.draft_time * going_on
         drafted += going_on
         accept = problem.accept_prob[k]
         # one candidate each: its regime, whether it is accepted, and where a first rejection leads
-        into = (mass * survival[:, None]).T @ problem.transition[regime]
+        into = _flow(problem, states)
         emitted += into @ accept
         next_start += (into * (1.0 - accept)) @ rejection
-        regime, survival, mass = _branch(problem.transition, accept, regime, survival, mass)
+        states = _branch(problem.transition, accept, states)
     return RoundLaw(emitted, time, drafted, next_start)
 
 
-def _branch(transition: np.ndarray, accept: np.ndarray, regime: np.ndarray, survival: np.ndarray, mass: np.ndarray):
-    """Every state's children, those with equal regime and survival merged."""
-    parent, child = np.nonzero(transition[regime] > 0)
-    if len(parent) * mass.shape[1] > MAX_STATES:
+class _States(NamedTuple):
+    """Rounds that are still drafting, [n] states of a regime and a survival (None if the rule does not read it).
+
+    `mass` [n, B] is their probability under each start law, `alive` that of no candidate being rejected so far.
+    """
+
+    regime: np.ndarray
+    survival: np.ndarray | None
+    mass: np.ndarray
+    alive: np.ndarray
+
+    def select(self, kept: np.ndarray) -> "_States":
+        survival = None if self.survival is None else self.survival[kept]
+        return _States(self.regime[kept], survival, self.mass[kept], self.alive[kept])
+
+
+def _flow(problem: FiniteProblem, states: _States) -> np.ndarray:
+    """Probability [B, Z] that nothing is rejected so far and the next candidate falls in each regime."""
+    by_regime = np.zeros((problem.num_regimes, states.alive.shape[1]))
+    np.add.at(by_regime, states.regime, states.alive)
+    return by_regime.T @ problem.transition
+
+
+def _branch(transition: np.ndarray, accept: np.ndarray, states: _States) -> _States:
+    """Every state's children, merged where they agree in all that the rule reads."""
+    size = len(transition)
+    if states.survival is None:
+        mass, alive = (transition[states.regime].T @ part for part in (states.mass, states.alive))
+        return _States(np.arange(size), None, mass, alive * accept[:, None])
+    possible = transition > 0
+    degree = possible.sum(axis=1)[states.regime]
+    total = int(degree.sum())
+    if total * states.mass.shape[1] > MAX_STATES:
         raise ValueError(
-            f"the problem is too large for exact evaluation ({len(parent)} states at one depth); simulate it instead"
+            f"the problem is too large for exact evaluation ({total} states at one depth); simulate it instead"
         )
-    next_survival = survival[parent] * accept[child]
-    key = np.rint(next_survival * MERGE).astype(np.int64) * len(transition) + child
+    parent = np.repeat(np.arange(len(degree)), degree)
+    child = np.concatenate([np.flatnonzero(row) for row in possible[states.regime]]) if total else parent
+    survival = states.survival[parent] * accept[child]
+    key = np.rint(survival * MERGE).astype(np.int64) * size + child
     _, first, group = np.unique(key, return_index=True, return_inverse=True)
-    merged = np.zeros((len(first), mass.shape[1]))
-    np.add.at(merged, group, mass[parent] * transition[regime[parent], child][:, None])
-    return child[first], next_survival[first], merged
+    weight = transition[states.regime[parent], child][:, None]
+    mass, alive = np.zeros((2, len(first), states.mass.shape[1]))
+    np.add.at(mass, group, states.mass[parent] * weight)
+    np.add.at(alive, group, states.alive[parent] * weight * accept[child][:, None])
+    return _States(child[first], survival[first], mass, alive)
 
 
 def _oracle_law(problem: FiniteProblem, starts: np.ndarray) -> RoundLaw:

@@ -19,9 +19,11 @@ A rule meets a signal through `start`, `update` and `observation`, in arrays (`s
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +38,7 @@ __all__ = ["NUM_BINS", "SignalModel", "SignalState", "fit_signal", "position_sig
 NUM_BINS = 8
 PERFECT = SIGNALS[0]
 DECREASING = ("entropy",)
+RECORDED_ID = re.compile(r"([0-9a-f]{64})-[0-9]+")
 
 
 class SignalState(NamedTuple):
@@ -133,15 +136,23 @@ class SignalModel:
 def split_requests(trace: Trace) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
     """Requests to fit on and requests to score on, by the order of their ids' hashes: nobody chooses.
 
+    Recorded requests with the same prompt (ids "SHA-256 of the prompt-number") stay together, or a prompt would be
+    scored on itself.
+
     Raises:
-        ValueError: if there are fewer than two requests.
+        ValueError: if there are fewer than two different prompts.
     """
-    ids = trace.request_ids
-    if len(ids) < 2:
-        raise ValueError(f"trace: a fitted signal needs at least 2 requests to split, got {len(ids)}")
-    order = sorted(range(len(ids)), key=lambda r: hashlib.sha256(ids[r].encode()).hexdigest())
-    half = len(ids) // 2
-    return np.array(sorted(order[:half])), np.array(sorted(order[half:]))
+    ids, groups = trace.request_ids, dict[str, list[int]]()
+    for request, name in enumerate(ids):
+        prompt = RECORDED_ID.fullmatch(name)
+        groups.setdefault(prompt[1] if prompt else name, []).append(request)
+    if len(groups) < 2:
+        raise ValueError(f"trace: a fitted signal needs at least 2 different prompts to split, got {len(groups)}")
+    order = sorted(groups.values(), key=lambda group: hashlib.sha256(ids[group[0]].encode()).hexdigest())
+    sizes = np.cumsum([len(group) for group in order])
+    cut = int(np.clip(np.searchsorted(sizes, len(ids) // 2, side="right"), 1, len(order) - 1))
+    train, test = (np.array(sorted(chain.from_iterable(part))) for part in (order[:cut], order[cut:]))
+    return train, test
 
 
 def position_signal(trace: Trace, signal: str, rollout: bool = False) -> Float[np.ndarray, " n"]:

@@ -176,8 +176,12 @@ def load_table(path: str | Path) -> ThresholdTable:
         ValueError: if the file is no such solution; the message names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"policy: no such solution file: {path}")
+    try:
+        found = path.is_file()
+    except OSError:  # a name too long for any file
+        found = False
+    if not found:
+        raise ValueError(f"policy: no such solution file: {str(path)!r:.200}")
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise ValueError(f"policy: {path}: larger than {MAX_TABLE_BYTES} bytes")
     try:
@@ -208,9 +212,9 @@ def parse(text: str) -> PolicySpec:
             options[key] = value
         else:
             positional.append(part)
-    if name not in _RULES:
-        raise ValueError(f"policy {text!r}: unknown rule {name!r}; choose from {', '.join(_RULES)}")
-    rule = _RULES[name]
+    if name not in RULES:
+        raise ValueError(f"policy {text!r}: unknown rule {name!r}; choose from {', '.join(RULES)}")
+    rule = RULES[name]
     signal = options.pop("signal", None)
     if signal is not None and (not rule.takes_signal or signal not in SIGNALS):
         allowed = f"one of {', '.join(SIGNALS)}" if rule.takes_signal else "not taken by this rule"
@@ -232,7 +236,7 @@ def _number(text: str, value: str, kind: type, low: float, high: float, what: st
     return number
 
 
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
     usage: str
     build: Any
     min_args: int
@@ -251,10 +255,10 @@ def _threshold(cls: type) -> Any:
     return build
 
 
-_RULES = {
-    "fixed": _Rule("fixed:K", _fixed, 1, 1, False),
-    "rejection": _Rule("rejection:h", _threshold(RejectionThreshold), 1, 1, True),
-    "lookahead": _Rule("lookahead:h", _threshold(LookaheadThreshold), 1, 1, True),
-    "optimal": _Rule("optimal or optimal:FILE", lambda text, file=None: load_table(file) if file else None, 0, 1, True),
-    "oracle": _Rule("oracle", lambda text: Oracle(), 0, 0, False),
+RULES = {
+    "fixed": Rule("fixed:K", _fixed, 1, 1, False),
+    "rejection": Rule("rejection:h", _threshold(RejectionThreshold), 1, 1, True),
+    "lookahead": Rule("lookahead:h", _threshold(LookaheadThreshold), 1, 1, True),
+    "optimal": Rule("optimal or optimal:FILE", lambda text, file=None: load_table(file) if file else None, 0, 1, True),
+    "oracle": Rule("oracle", lambda text: Oracle(), 0, 0, False),
 }

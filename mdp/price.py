@@ -55,8 +55,11 @@ def lump(problem: FiniteProblem) -> tuple[Arrays, np.ndarray]:
     no round starts in, outcomes of probability 0, and depths that are never worth their time.
     """
     rows = problem.transition if problem.bonus is None else np.hstack([problem.transition, problem.bonus])
-    _, first, into = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    into = into.reshape(-1)
+    if (rows == rows[0]).all():
+        first, into = np.zeros(1, dtype=int), np.zeros(len(rows), dtype=int)
+    else:
+        _, first, into = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        into = into.reshape(-1)
     if len(first) == problem.num_regimes:
         first = into = np.arange(problem.num_regimes)  # nothing to lump: keep the order
     member = np.eye(len(first))[into]
@@ -131,7 +134,8 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
         # lower: the best of STOP and the two rules kept around this survival
         left, right = (survival * slope[index] - rate * time[index] for index in (at, at + 1))
         goes_on = jnp.maximum(left, right) >= stop - TIE * (1.0 + jnp.abs(stop))
-        best = jnp.where(right > left, at + 1, at)
+        # on a kink the rule above it, so that each knot keeps the line to its right
+        best = jnp.where(right >= left - TIE * (1.0 + jnp.abs(left)), at + 1, at)
         between = (1.0 - weight) * upper[at] + weight * upper[at + 1]
         missed = ((1.0 - accept) * after_rejection)[:, None]
         outcomes = jnp.stack(

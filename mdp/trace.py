@@ -19,7 +19,8 @@ is no trace. Reading checks sizes, ranges and hashes; a damaged shard is named.
 import hashlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,13 +108,27 @@ class Trace:
             if not ok:
                 raise ValueError(f"{name}: {what}")
 
+        def need_numbers(key: str, kinds: str) -> None:
+            array = getattr(self, key)
+            ok = isinstance(array, np.ndarray) and array.ndim == 1 and array.dtype.kind in kinds
+            need(ok, f"{key} must be a row of {'flags' if kinds == 'b' else 'whole numbers'}")
+
         manifest = self.manifest
-        depth = manifest.get("max_candidates")
-        need(isinstance(depth, int) and 1 <= depth <= 1024, f"max_candidates must be in 1..1024, got {depth!r}")
-        offsets, total = self.offsets, self.num_positions
+        depth, ids = manifest.get("max_candidates"), manifest.get("request_ids")
+        whole = isinstance(depth, int) and not isinstance(depth, bool) and 1 <= depth <= 1024
+        need(whole, f"max_candidates must be in 1..1024, got {depth!r:.60}")
+        for key in ("offsets", "limit"):
+            need_numbers(key, "iu")
+        for key in ("ends", "accepted", "drafts_end"):
+            need_numbers(key, "b")
+        offsets = self.offsets
         lengths = np.diff(offsets)
-        need(offsets[0] == 0 and (lengths >= 1).all(), "offsets must start at 0 and increase")
-        need(len(self.request_ids) == self.num_requests, "request_ids must have one entry a request")
+        need(len(offsets) > 1 and offsets[0] == 0 and (lengths >= 1).all(), "offsets must start at 0 and increase")
+        total = self.num_positions
+        need(
+            isinstance(ids, list) and len(ids) == self.num_requests and all(isinstance(name, str) for name in ids),
+            "request_ids must have one string a request",
+        )
         for key, size in (("limit", self.num_requests), ("ends", self.num_requests), ("accepted", total)):
             need(len(getattr(self, key)) == size, f"{key} must have {size} entries")
         need(len(self.drafts_end) == total, f"drafts_end must have {total} entries")
@@ -128,10 +143,14 @@ class Trace:
         certain = self.features["token_accept_prob"] <= 0
         need(not (self.accepted & certain).any(), "accepted where token_accept_prob is 0")
         for key, array in self.optional.items():
+            if key.startswith("rollout_"):
+                need(self.rollout_drafts_end is not None, f"{key} is there, but no rollouts")
             size = len(self.rollout_drafts_end) if key.startswith("rollout_") else total  # type: ignore[arg-type]
-            need(len(array) == size, f"{key} must have {size} entries")
+            need(array.ndim > 0 and len(array) == size, f"{key} must have {size} entries")
         if self.rollout_offsets is None:
             return self
+        need_numbers("rollout_offsets", "iu")
+        need_numbers("rollout_drafts_end", "b")
         need(len(self.rollout_offsets) == total + 1, f"rollout_offsets must have {total + 1} entries")
         steps = np.diff(self.rollout_offsets)
         need(
@@ -173,15 +192,15 @@ def _arrays(trace: Trace) -> dict[str, np.ndarray]:
 
 
 def _atomic_write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:  # not tempfile: it would hide the file from everyone else
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -226,26 +245,31 @@ def load(folder: str | Path) -> Trace:
     try:
         manifest = json.loads(path.read_text())
         version, entries = manifest["schema_version"], manifest["shards"]
-        parts = [(entry["file"], entry["sha256"]) for entry in entries]
+        parts = [(str(entry["file"]), entry["sha256"]) for entry in entries]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a trace manifest") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
     if not parts:
         raise ValueError(f"{path}: the trace has no shards")
+    shards = [_read_shard(folder, name, digest) for name, digest in parts]
     try:
-        return _concatenate([_read_shard(folder / name, digest) for name, digest in parts], manifest).validate(
-            str(folder)
-        )
+        trace = _concatenate(shards, manifest)
     except KeyError as error:
         raise ValueError(f"{folder}: the trace lacks {error.args[0]}") from error
+    except (ValueError, IndexError, TypeError) as error:
+        raise ValueError(f"{folder}: the shards do not fit together ({error})") from error
+    return trace.validate(str(folder))
 
 
-def _read_shard(path: Path, digest: str) -> dict[str, np.ndarray]:
+def _read_shard(folder: Path, name: str, digest: str) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load as from_bytes
 
-    if path.name != str(path.name) or not path.is_file() or path.is_symlink():
+    path = folder / name
+    if not re.fullmatch(r"[\w.-]{1,100}\.safetensors", name):
+        raise ValueError(f"{folder}: a shard must be a .safetensors file in the trace's own folder, got {name!r:.200}")
+    if not path.is_file() or path.is_symlink():
         raise ValueError(f"{path}: shard is missing")
     if path.stat().st_size > MAX_SHARD_BYTES:
         raise ValueError(f"{path}: larger than {MAX_SHARD_BYTES} bytes")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,8 +27,10 @@ from realmodels.sampling import Sampling
 from realmodels.streams import request_ids
 from realmodels.timing import measure_times
 
-__all__ = ["measure_times", "record"]
+__all__ = ["check_folder", "measure_times", "record"]
 
+# What a recording that was killed may leave: shards, and the temporary files of `mdp.trace`'s atomic writes.
+_SCRAP = re.compile(r"shard-[0-9]{5,}\.safetensors|\.(shard-[0-9]{5,}\.safetensors|manifest\.json)\.[0-9a-f]{8}")
 _CLAMPING = "candidates of a round are clamped to the positions left before max_new_tokens, minus one"
 
 
@@ -163,20 +166,32 @@ def _check(pair: ModelPair, prompts: Sequence[Sequence[int]], sampling: Sampling
         raise ValueError(f"prompts: the longest needs {longest} positions, the models have {room}")
 
 
-def _empty_folder(out: Path) -> Path:
-    """The output folder, cleared of shards that an unfinished recording left; anything else in it is refused."""
+def check_folder(out: Path) -> list[Path]:
+    """What an unfinished recording left in the folder, if it is there at all; anything else in it is refused.
+
+    Raises:
+        ValueError: one line that names the folder and what it holds.
+    """
     if (out / "manifest.json").exists():
         raise ValueError(f"out: {out} already holds a trace")
-    if out.exists() and not out.is_dir():
+    if not out.exists():
+        return []
+    if not out.is_dir():
         raise ValueError(f"out: {out} is not a folder")
+    left = sorted(out.iterdir())
+    for path in left:
+        if not _SCRAP.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+            raise ValueError(f"out: {out} is not empty (holds {path.name})")
+    return left
+
+
+def _empty_folder(out: Path) -> Path:
+    """The output folder, made if need be and cleared of what an unfinished recording left."""
+    left = check_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out: cannot make {out} ({error.strerror})") from error
-    left = list(out.iterdir())
-    foreign = [path.name for path in left if not path.name.lstrip(".").startswith(("shard-", "manifest.json."))]
-    if foreign:
-        raise ValueError(f"out: {out} is not empty (holds {foreign[0]})")
     for path in left:
         path.unlink()
     return out

@@ -62,7 +62,7 @@ SEES = {
     "draft_prob": "draft\nprob.",
     "token_accept_prob": "perfect\nhead\n(ceiling)",
 }
-ORACLE = (GREY, "$]$", "oracle: a bracket, not a policy")
+ORACLE = (GREY, "$]$", "knows the future: no policy")
 BIG = {"$]$": 9.0}  # markers that need more than the house's size
 REGIMES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (RED, "v", "-"),
            (SKY, "P", "--"), (BLACK, "X", "-."), (GREY, "*", ":"))  # fmt: skip
@@ -188,8 +188,8 @@ def policies(comparison: Comparison, *, title: str = "Policies on one trace", no
     """Each policy's speedup, and its difference from the first policy paired over clusters, with intervals.
 
     Rows are grouped by what a rule looks at; inside a group they stand in the order given. The dotted line is the
-    best rule that sees true acceptance, the ceiling of every acceptance head; the oracle is a bracket, without a
-    difference: nobody can run it.
+    best rule that sees true acceptance, the ceiling of every acceptance head. The oracle has no difference: nobody can
+    run it.
     """
     rows = _grouped(comparison)
     differences = {entry.policy: entry.throughput_difference for entry in comparison.differences}
@@ -277,7 +277,17 @@ def _grouped(comparison: Comparison) -> list[PolicyResult | str]:
         group = [entry for entry in others if entry.signal == signal and entry not in oracles]
         if group:
             rows += ["other rules" if signal is None else name, *group]
-    return rows + ([ORACLE[2], *oracles] if oracles else [])
+    return rows + ([_foresight(comparison), *oracles] if oracles else [])
+
+
+def _foresight(comparison: Comparison) -> str:
+    """What to call the oracle's row: an upper bracket only if verification costs the same for every length and a
+    candidate that will be accepted is worth its draft step (theory, §4)."""
+    constant = isinstance(comparison, TraceComparison) and len(set(comparison.verify_time)) == 1
+    best = max(entry.throughput.value for entry in comparison.policies)
+    if constant and best * comparison.draft_time <= 1:  # type: ignore[union-attr]
+        return "bracket: no policy is better"
+    return ORACLE[2]
 
 
 def _look(entry: PolicyResult) -> tuple[str, str, str]:
@@ -293,7 +303,7 @@ def _look(entry: PolicyResult) -> tuple[str, str, str]:
 def _sees(entry: PolicyResult) -> tuple[str, ...]:
     """What the rule looks at, short enough for a tick; nothing for a fixed length."""
     if isinstance(_rule(entry), Oracle):
-        return ("(bracket)",)
+        return ("(no policy)",)
     return () if entry.signal is None else (SEES.get(entry.signal, entry.signal),)
 
 

@@ -177,6 +177,8 @@ def _measured(trace: Trace) -> Cost:
 
 def _contender(trace: Trace, spec: PolicySpec) -> _Contender:
     """Check that the trace can show all that the policy looks at."""
+    if not trace.manifest.get("replayable", True):
+        raise ValueError("trace: its draft does not depend on the text alone (replayable is false in its manifest)")
     wanted = frozenset(ThresholdTable.needs) if spec.policy is None else entrants.needs(spec.policy)
     signal = (spec.signal or PERFECT) if wanted & SIGNAL_FIELDS else None
     read = (wanted & RAW_FIELDS) | ({signal} if signal else set())
@@ -251,7 +253,9 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes",
     while drafting.any():
         next_accepted = nodes.accepted[node] & ~failed
         seen = Observation(num, **features) if model is None else model.observation(signal, num, features)  # type: ignore[arg-type]
-        asked, stop = rule.stop(state, seen._replace(next_accepted=next_accepted))
+        if "next_accepted" in rule.needs:  # clairvoyance is shown to those only who say that they use it
+            seen = seen._replace(next_accepted=next_accepted)
+        asked, stop = rule.stop(state, seen)
         state = _map(lambda new, old, asking=drafting: np.where(asking, new, old), asked, state)
         drafting = drafting & ~np.broadcast_to(np.asarray(stop, dtype=bool), size)
         num += 1

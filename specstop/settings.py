@@ -22,6 +22,8 @@ def prepare() -> None:
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
+        # Waiting threads sleep: spinning ones cost a busy machine several times the work itself.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     if not sys.stderr.isatty():
         defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -216,9 +216,10 @@ def test_decode_continues_a_prompt_with_the_bundled_pair(lines):
     assert spent == answer["num_emitted"] + answer["num_discarded"] + answer["num_cut"]
 
 
-def test_demo_says_where_its_report_is(text, lines, monkeypatch, tmp_path):
+def test_demo_says_what_it_found(text, lines, monkeypatch, tmp_path):
     monkeypatch.setattr("specstop.demo.run", lambda out, quick: {"out": str(out), "quick": quick})
-    assert text("demo", "--out", tmp_path).strip() == str(tmp_path / "report.md")
+    monkeypatch.setattr("specstop.report.headline", lambda summary, out: f"see {out}")
+    assert text("demo", "--out", tmp_path).strip() == f"see {tmp_path}"
     assert lines("demo", "--out", tmp_path, "--quick") == [{"out": str(tmp_path), "quick": True}]
 
 

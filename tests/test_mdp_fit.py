@@ -1,6 +1,8 @@
 """Signals: split, calibration, bins, chain."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import chains
 import numpy as np
@@ -23,8 +25,15 @@ def test_split_is_by_hash_and_covers_everything(trace):
     assert (split_requests(trace)[0] == train).all()
     assert not (train < 150).all()
     one = chains.record(chains.random_pair(0), 0, num_requests=1, limit=5, depth=2)
-    with pytest.raises(ValueError, match="at least 2 requests to split, got 1"):
+    with pytest.raises(ValueError, match="at least 2 different prompts to split, got 1"):
         split_requests(one)
+
+
+def test_equal_prompts_stay_on_one_side(trace):
+    names = [hashlib.sha256(str(r // 2).encode()).hexdigest() + f"-{r % 2}" for r in range(300)]
+    train, test = split_requests(replace(trace, manifest={**trace.manifest, "request_ids": names}))
+    assert not {r // 2 for r in train} & {r // 2 for r in test}
+    assert len(train) == 150
 
 
 @pytest.mark.parametrize("signal", SIGNALS)

@@ -286,6 +286,34 @@ def test_foreign_files_are_not_touched(pair, tmp_path):
         record(pair, [[24]], tmp_path / "out", **SETTINGS)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["shard-list.txt", "manifest.json.bak", ".shard-notes", "shard-00000.safetensors.old", "shard-1.safetensors"],
+)
+def test_files_that_are_merely_called_like_ours_are_not_touched(pair, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    (tmp_path / "shard-00000.safetensors").write_text("left by an unfinished recording")
+    with pytest.raises(ValueError, match=rf"not empty \(holds {name}\)"):
+        record(pair, make_prompts(2), tmp_path, **SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["shard-00000.safetensors", name])
+    assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/etc/hostname")], ids=["folder", "link"])
+def test_only_regular_files_are_cleared(pair, tmp_path, make):
+    make(tmp_path / "shard-00000.safetensors")
+    with pytest.raises(ValueError, match=r"not empty \(holds shard-00000\.safetensors\)"):
+        record(pair, make_prompts(2), tmp_path, **SETTINGS)
+    assert os.path.lexists(tmp_path / "shard-00000.safetensors")
+
+
+def test_scraps_of_an_unfinished_recording_are_cleared(pair, tmp_path):
+    for name in ("shard-00007.safetensors", ".shard-00008.safetensors.0123abcd", ".manifest.json.0123abcd"):
+        (tmp_path / name).write_text("scrap")
+    record(pair, make_prompts(2), tmp_path, **SETTINGS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
+
+
 def test_measured_times(pair):
     times = measure_times(pair, 4, context_length=16, repeats=2)
     assert len(times["verify_time"]) == 5 and times["context_length"] == 16

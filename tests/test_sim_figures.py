@@ -114,6 +114,14 @@ def test_the_perfect_head_is_a_ceiling_and_the_oracle_has_no_difference(replayed
     assert len(right.containers) == len(replayed.policies) - 2  # neither the baseline nor the oracle
 
 
+def test_the_oracle_is_a_bracket_only_where_it_is(replayed):
+    assert any("bracket" in text for text in texts(figures.policies(replayed)))
+    rising = replace(replayed, verify_time=(1.0, 1.1, 1.2, 1.3, 1.4))
+    dear = replace(replayed, draft_time=1.0)
+    for comparison in (rising, dear):
+        assert not any("bracket" in text for text in texts(figures.policies(comparison)))
+
+
 def test_never_is_hollow_and_named():
     axes = figures.thresholds([[0.5, None], [0.6, None]]).axes[0]
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]

@@ -208,7 +208,7 @@ def test_rule_that_reads_a_raw_feature():
         (ThresholdTable(np.zeros((6, 1))), r"policy 'table': its table has 6 rows, rounds here hold at most 5"),
         (ThresholdTable(np.zeros((5, 3))), r"policy 'table': its table must have one column here|needs at least 2"),
         ("rejection:0.4,signal=head", r"policy 'rejection:0.4,signal=head' needs head"),
-        ("lookahead:0.4", r"at least 2 requests"),
+        ("lookahead:0.4", r"at least 2 different prompts"),
         ("nonsense", r"unknown rule 'nonsense'"),
         (3, r"policies: must be policy strings or frozen dataclasses"),
     ],

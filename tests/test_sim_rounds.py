@@ -81,12 +81,35 @@ def test_persistent_long_run_from_a_pilot(mix, monkeypatch):
     agrees(problem, simulate(problem, ["fixed:2", "rejection:0.3"], rounds=30_000, key=5))
 
 
-def test_several_recurrent_classes_are_refused():
-    """Drafting is the only way between the two regimes, so a rule that never drafts stays where it starts."""
-    process = MarkovModulated([[0.5, 0.5], [0.5, 0.5]], [0.9, 0.5], [0.5, 0.5])
-    problem = StoppingProblem(process, COST, 3, Persistent(np.eye(2), np.eye(2)))
-    with pytest.raises(ValueError, match="policy 'fixed:0': its start regimes fall into 2 recurrent classes"):
-        simulate(problem, ["fixed:1", "fixed:0"], rounds=100, key=0)
+def two_cycles():
+    """Regimes swap with each candidate, all of which are accepted. The table drafts two from regime 0, none from 1."""
+    swap, stay = np.array([[0.0, 1.0], [1.0, 0.0]]), np.eye(2)
+    problem = StoppingProblem(MarkovModulated(swap, [1.0, 1.0], [0.5, 0.5]), COST, 2, Persistent(stay, stay))
+    return problem, ThresholdTable(np.array([[0.0, np.inf], [0.0, 0.0]]))
+
+
+def test_recurrent_classes_that_earn_differently_are_refused():
+    problem, table = two_cycles()
+    with pytest.raises(ValueError, match="policy 'table': its start regimes fall into 2 recurrent classes"):
+        simulate(problem, [table], rounds=100, key=0)
+    with pytest.raises(ValueError, match="2 recurrent classes with throughputs from 1 to "):
+        evaluate(problem, table)
+
+
+def test_recurrent_classes_that_earn_the_same_are_fine():
+    problem, _ = two_cycles()  # plain decoding never leaves its regime, and earns 1 / V(0) in each
+    assert evaluate(problem, "fixed:0").throughput == pytest.approx(1 / COST.verify_time)
+    assert simulate(problem, ["fixed:0"], rounds=100, key=0).policies[0].throughput.value == 1 / COST.verify_time
+
+
+def test_clairvoyance_is_shown_only_to_those_who_declare_it():
+    @dataclass(frozen=True)
+    class Peeking(Policy):
+        def stop(self, state, observation):
+            assert observation.next_accepted is None
+            return state, observation.num_candidates >= 1
+
+    simulate(persistent(), [Peeking()], rounds=10, key=0)
 
 
 @pytest.mark.parametrize("number", [1, 257, 1000])
