@@ -1,5 +1,5 @@
 """The stopping MDP of speculative decoding: processes, times, exact solution, stopping rules, traces.
 
-Nothing here imports torch, and only `mdp.solve` imports jax. Import the module you need, for example
+Nothing here imports torch, and only `mdp.solve` and `mdp.many` import jax. Import the module you need, for example
 `from mdp.problem import StoppingProblem`; this package deliberately re-exports nothing.
 """

@@ -10,6 +10,8 @@ Renewal: throughput = E[emitted] / E[time]. Persistent: the same under the stati
 must be unique: a rule that splits the start regimes into several recurrent classes has no one throughput.
 
 The oracle needs no tree: it stops after k candidates if and only if exactly k would be accepted.
+
+Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
 """
 
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from jaxtyping import Float
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.entrants import fit_depth, label, needs, read
 from mdp.metrics import Tally
-from mdp.policy import Observation, Oracle, Policy, PolicySpec
+from mdp.policy import FixedLength, Observation, Oracle, Policy, PolicySpec
 from mdp.problem import FiniteProblem, StoppingProblem
 
 __all__ = ["Evaluation", "RoundLaw", "evaluate", "long_run", "round_law"]
@@ -91,7 +93,7 @@ def evaluate(
         >>> evaluate(problem, "fixed:2").throughput  # (1 + 1/2 + 1/4) / (2 * 0.5 + 1)
         0.875
     """
-    finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+    finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     (spec,) = read([policy])
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
@@ -100,6 +102,11 @@ def evaluate(
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
+    process = problem.acceptance if isinstance(problem, StoppingProblem) else None
+    if process is not None and not process.finite and not isinstance(rule, (FixedLength, Oracle)):
+        raise ValueError(
+            f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
+        )
     law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))

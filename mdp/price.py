@@ -55,8 +55,11 @@ def lump(problem: FiniteProblem) -> tuple[Arrays, np.ndarray]:
     no round starts in, outcomes of probability 0, and depths that are never worth their time.
     """
     rows = problem.transition if problem.bonus is None else np.hstack([problem.transition, problem.bonus])
-    _, first, into = np.unique(rows, axis=0, return_index=True, return_inverse=True)
-    into = into.reshape(-1)
+    if (rows == rows[0]).all():
+        first, into = np.zeros(1, dtype=int), np.zeros(len(rows), dtype=int)
+    else:
+        _, first, into = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+        into = into.reshape(-1)
     if len(first) == problem.num_regimes:
         first = into = np.arange(problem.num_regimes)  # nothing to lump: keep the order
     member = np.eye(len(first))[into]

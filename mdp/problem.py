@@ -6,6 +6,7 @@ drawn from `rejection[z_i]` if candidate $i$ was the first one rejected, from `b
 `initial` every other one can be reached under some actions. Then the best throughput depends on neither the start
 nor `initial`. Persistent problems also need $T(k) = k t_d + V(k)$ non-decreasing, the condition under which the
 optimal policy is a threshold in survival for each (k, z) (theory, F1); renewal problems take any positive times.
+Some processes bring their coupling along (`TokenPair`); the problem then names none.
 
 Solvers, evaluation and the simulator see only `FiniteProblem`, never which process or cost it came from.
 """
@@ -21,9 +22,19 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy.sparse.csgraph import connected_components
 
-from mdp.acceptance import IID, AcceptanceProcess, MarkovModulated, Position, square
+from mdp.acceptance import (
+    IID,
+    AcceptanceProcess,
+    BetaMixture,
+    FiniteChain,
+    MarkovModulated,
+    Position,
+    StartLaws,
+    TokenPair,
+    square,
+)
 from mdp.chain import reachable
-from mdp.cost import Affine, Cost, Table
+from mdp.cost import Affine, Cost, Overlapped, Roofline, Table
 
 __all__ = ["FiniteProblem", "Persistent", "StoppingProblem", "cost_from_dict", "load", "loads", "schema", "start_graph"]
 
@@ -103,25 +114,43 @@ class StoppingProblem:
         depth = self.max_candidates
         if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)) or not 1 <= depth <= MAX_CANDIDATES:
             raise ValueError(f"max_candidates: must be a whole number in 1..{MAX_CANDIDATES}, got {depth!r}")
-        self.lower()
+        self.unseen()
 
     def lower(self) -> FiniteProblem:
-        """The arrays solvers work on; checked and cached."""
+        """The arrays solvers work on; checked and cached.
+
+        Raises:
+            ValueError: if the process is continuous (`acceptance.finite` is false): then `bracket` it.
+        """
         return self._lowered
+
+    def bracket(self, cells: int) -> tuple[FiniteProblem, FiniteProblem]:
+        """Two finite problems whose best throughputs enclose this one's; twice itself if the process is finite."""
+        if self.acceptance.finite:
+            return self.lower(), self.lower()
+        low, high = self.acceptance.bracket(int(self.max_candidates), cells)
+        return self._checked(low), self._checked(high)
+
+    def unseen(self) -> FiniteProblem:
+        """The problem as `fixed` and `oracle` meet it, which look at no regime: continuous acceptances averaged."""
+        if isinstance(self.acceptance, BetaMixture):
+            return self._checked(self.acceptance.unseen(int(self.max_candidates)))
+        return self.lower()
 
     @cached_property
     def _lowered(self) -> FiniteProblem:
+        return self._checked(self.acceptance.lower(int(self.max_candidates)))
+
+    def _checked(self, chain: FiniteChain) -> FiniteProblem:
         depth = int(self.max_candidates)
-        chain = self.acceptance.lower(depth)
         times = self.cost.verify_times(depth)
         finite = FiniteProblem(*chain, draft_time=self.cost.draft_time, verify_time=times)
-        if self.coupling is None:
+        laws = self._start_laws()
+        if laws is None:
             return finite
-        if not isinstance(self.acceptance, MarkovModulated):
-            raise ValueError(f"coupling.kind: persistent needs markov_modulated, not {self.acceptance.kind}")
-        if self.coupling.bonus.shape != chain.transition.shape:
+        if laws.bonus.shape != chain.transition.shape:
             raise ValueError(f"coupling.rejection: must be {len(chain.initial)} x {len(chain.initial)}")
-        finite = finite._replace(rejection=self.coupling.rejection, bonus=self.coupling.bonus)
+        finite = finite._replace(rejection=laws.rejection, bonus=laws.bonus)
         falls = np.flatnonzero(np.diff(finite.round_time) < -ROUNDING * finite.round_time[:-1])
         if falls.size:
             raise ValueError(
@@ -137,11 +166,25 @@ class StoppingProblem:
             )
         return finite
 
+    def _start_laws(self) -> StartLaws | None:
+        """The coupling: the process's own, or the one given for it, or None if rounds renew."""
+        own = self.acceptance.start_laws()
+        if self.coupling is None:
+            return own
+        if own is not None:
+            raise ValueError(f"coupling: {self.acceptance.kind} brings its own, leave it out")
+        if not isinstance(self.acceptance, MarkovModulated):
+            raise ValueError(f"coupling.kind: persistent needs markov_modulated, not {self.acceptance.kind}")
+        return StartLaws(self.coupling.rejection, self.coupling.bonus)
+
     def to_dict(self) -> dict[str, Any]:
         """The problem file's content; `loads(json.dumps(...))` gives the problem back."""
         coupling = {"kind": "renewal"} if self.coupling is None else _to_dict(self.coupling)
-        return {"acceptance": _to_dict(self.acceptance), "coupling": coupling, "cost": _to_dict(self.cost),
-                "max_candidates": int(self.max_candidates)}  # fmt: skip
+        out = {"acceptance": _to_dict(self.acceptance), "coupling": coupling, "cost": _to_dict(self.cost),
+               "max_candidates": int(self.max_candidates)}  # fmt: skip
+        if self.acceptance.start_laws() is not None:
+            del out["coupling"]
+        return out
 
 
 def start_graph(problem: FiniteProblem) -> tuple[Bool[np.ndarray, "Z Z"], Bool[np.ndarray, " Z"]]:
@@ -151,16 +194,22 @@ def start_graph(problem: FiniteProblem) -> tuple[Bool[np.ndarray, "Z Z"], Bool[n
     starts in z to one that starts in z'.
     """
     assert problem.rejection is not None and problem.bonus is not None
-    step = problem.transition > 0
     size = problem.num_regimes
     survived = np.eye(size, dtype=bool)  # [start, z_k]: all k candidates can be accepted and end in z_k
     edges = problem.bonus > 0
     for accept_prob in problem.accept_prob:
-        drafted = survived @ step
-        edges = edges | ((drafted & (accept_prob < 1)) @ (problem.rejection > 0))
-        survived = drafted & (accept_prob > 0)
-        edges = edges | (survived @ (problem.bonus > 0))
+        drafted = _leads(survived, problem.transition)
+        missed, kept = drafted & (accept_prob < 1), drafted & (accept_prob > 0)
+        more = edges | _leads(missed, problem.rejection) | _leads(kept, problem.bonus)
+        if (more == edges).all() and (kept == survived).all() and (problem.accept_prob == accept_prob).all():
+            break  # and so on for ever
+        edges, survived = more, kept
     return edges, reachable(edges, problem.initial > 0)
+
+
+def _leads(reached: Bool[np.ndarray, "Z Z"], law: Float[np.ndarray, "Z Z"]) -> Bool[np.ndarray, "Z Z"]:
+    """Where one draw from `law` leads; counts in floats, for which matrix products are fast."""
+    return reached.astype(np.float32) @ (law > 0).astype(np.float32) > 0
 
 
 def _to_dict(part: Any) -> dict[str, Any]:
@@ -168,9 +217,8 @@ def _to_dict(part: Any) -> dict[str, Any]:
     return {"kind": part.kind, **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}}
 
 
-ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, MarkovModulated)}
-COST = {cls.kind: cls for cls in (Affine, Table)}
-NOT_YET = ("beta_mixture",)
+ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, TokenPair)}
+COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
 
 
 def _part(name: str, value: Any, kinds: Mapping[str, type], default: str | None = None) -> Any:
@@ -178,8 +226,6 @@ def _part(name: str, value: Any, kinds: Mapping[str, type], default: str | None 
     if not isinstance(value, dict):
         raise ValueError(f"{name}: must be an object, got {value!r:.60}")
     kind = value.get("kind", default)
-    if kind in NOT_YET:
-        raise ValueError(f"{name}.kind: {kind} is not yet available; choose from {', '.join(kinds)}")
     if not isinstance(kind, str) or kind not in kinds:
         raise ValueError(f"{name}.kind: must be one of {', '.join(kinds)}, got {kind!r:.60}")
     cls, given = kinds[kind], {key: item for key, item in value.items() if key != "kind"}
@@ -230,8 +276,11 @@ def from_dict(data: Any) -> StoppingProblem:
         if key not in data and key != "coupling":
             raise ValueError(f"{key}: missing")
     coupling = _part("coupling", data.get("coupling", {"kind": "renewal"}), COUPLING, default="renewal")
+    acceptance = _part("acceptance", data["acceptance"], ACCEPTANCE)
+    if "coupling" in data and acceptance.start_laws() is not None:
+        raise ValueError(f"coupling: {acceptance.kind} brings its own, leave it out")
     return StoppingProblem(
-        acceptance=_part("acceptance", data["acceptance"], ACCEPTANCE),
+        acceptance=acceptance,
         cost=cost_from_dict(data["cost"]),
         max_candidates=data["max_candidates"],
         coupling=coupling if isinstance(coupling, Persistent) else None,

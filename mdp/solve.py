@@ -20,6 +20,9 @@ $\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge 
 and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half for $\rho$; the bias
 is taken as it is).
 
+*Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
+one, the upper bound that of the upper one.
+
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
 """
 
@@ -36,17 +39,21 @@ import numpy as np
 
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.knots import Grid, even_and_kinks, place
+from mdp.lattice import Rules
 from mdp.policy import ThresholdTable
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["Solution", "SolveStatus", "solve"]
+__all__ = ["Solution", "SolveStatus", "certificate", "improve", "solve"]
 
 THRESHOLD_TOLERANCE = 1e-6
 """Tokens: a threshold is right wherever CONTINUE and STOP differ by more than this."""
 
 MAX_SWEEPS = 60
 FIRST_KNOTS = 128
+
+CELLS, MAX_ENTRIES = (255, 1023, 2047, 4095), 2**26
+"""Cells of a continuous law, coarse to fine, one less than a padded size; and the most cells x knots x depths."""
 
 
 class SolveStatus(enum.Enum):
@@ -68,7 +75,8 @@ class Solution:
         bounds: proven lower and upper bound on the best throughput of any policy.
         survival_threshold: [K, Z]; CONTINUE iff survival >= threshold, inf = STOP at every survival.
         bias: [Z] relative value of each start regime in tokens; zeros if rounds renew.
-        block_efficiency, verification_rate, discard_rate, mean_candidates: of the policy found.
+        block_efficiency, verification_rate, discard_rate, mean_candidates: of the policy found; for a continuous
+            process, what they are in the finite problem that bounds it from below.
         status: `successful`, or why not, with advice.
         num_sweeps, num_knots: backward inductions done in all, and knots per depth in the last pass.
         seconds: wall time, compilation included.
@@ -109,7 +117,7 @@ class _Result(NamedTuple):
     num_sweeps: Any
 
 
-def _improve(problem: Arrays, sweep: Sweep, bias: Any) -> tuple[Any, Any]:
+def improve(problem: Arrays, sweep: Sweep | Rules, bias: Any) -> tuple[Any, Any]:
     """Rate and bias of the policy found: Dinkelbach if rounds renew, else Howard's linear system."""
     if problem.bonus is None:
         return (problem.initial @ sweep.emitted) / (problem.initial @ sweep.time), bias
@@ -142,7 +150,7 @@ def _iterate(problem: Arrays, grid: Grid, rate: Any, bias: Any, max_sweeps: int)
 
     def body(carry):
         stalled, best, result = carry
-        new_rate, new_bias = _improve(problem, result.sweep, result.bias)
+        new_rate, new_bias = improve(problem, result.sweep, result.bias)
         swept = sweep(problem, grid, new_rate, new_bias, track=True)
         # A policy's own rate can only rise; when it no longer does, the knots are what limits the bounds.
         still = new_rate <= best * (1.0 + 1e-15)
@@ -166,7 +174,7 @@ def solve(
     """Solve a stopping problem to proven bounds of relative width `tol`.
 
     Args:
-        problem: a finite problem, renewal or persistent.
+        problem: any problem, renewal or persistent.
         tol: relative width of the bounds that counts as solved.
         max_knots: most knots per depth before giving up with status `max_steps_reached`.
         max_sweeps: most backward inductions in one pass.
@@ -188,15 +196,75 @@ def solve(
         if not value > 0:
             raise ValueError(f"{name}: must be > 0, got {value!r}")
     start = time.perf_counter()
-    finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+    finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
-    finite = finite._replace(draft_time=finite.draft_time / unit, verify_time=finite.verify_time / unit)
+    if isinstance(problem, StoppingProblem) and not problem.acceptance.finite:
+        found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
+    else:
+        half = THRESHOLD_TOLERANCE / 2
+        found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps)
+        closed = found.closed
+    lower, upper = found.bounds
+    throughput = float(np.clip(found.rate, lower, upper) / unit)
+    return Solution(
+        throughput=throughput,
+        speedup=throughput * float(finite.verify_time[0]),
+        bounds=(float(lower / unit), float(upper / unit)),
+        survival_threshold=found.threshold,
+        bias=found.bias,
+        **found.rates,
+        status=SolveStatus.successful if closed else SolveStatus.max_steps_reached,
+        num_sweeps=found.num_sweeps,
+        num_knots=found.num_knots,
+        seconds=time.perf_counter() - start,
+    )
+
+
+class _Found(NamedTuple):
+    """What is known of a finite problem: `threshold` [K, Z]; `slack` [K] is what CONTINUE may still be worth there."""
+
+    rate: float
+    bias: np.ndarray
+    bounds: tuple[float, float]
+    threshold: np.ndarray
+    slack: np.ndarray
+    rates: dict[str, float]
+    closed: bool
+    num_sweeps: int
+    num_knots: int
+
+
+def _in_units(finite: FiniteProblem, unit: float) -> FiniteProblem:
+    return finite._replace(draft_time=finite.draft_time / unit, verify_time=finite.verify_time / unit)
+
+
+def _close(
+    finite: FiniteProblem,
+    tol: float,
+    slack_tol: float,
+    shift_tol: float,
+    max_knots: int,
+    max_sweeps: int,
+    like: _Found | None = None,
+) -> _Found:
+    """Refine knots until the bounds and the thresholds have closed.
+
+    `slack_tol` and `shift_tol` are tokens: what knots, and the rate's own uncertainty, may do to a threshold. `like`
+    is the end of a similar problem, to start from.
+    """
     arrays, into = lump(finite)
+    depth = finite.max_candidates
     rate, bias = np.float64(1.0 / finite.verify_time[0]), np.zeros(len(arrays.initial))
-    lower, upper, threshold, num_sweeps, num_knots, improving = 0.0, np.inf, None, 0, FIRST_KNOTS, True
+    lower, upper, num_sweeps, num_knots, improving = 0.0, np.inf, 0, FIRST_KNOTS, True
+    threshold: Any = None
+    if like is not None:
+        padding = np.full((len(arrays.accept_prob) - depth, len(bias)), np.inf)
+        threshold = np.concatenate([np.repeat(like.threshold[:, :1], len(bias), axis=1), padding])
+        rate, num_knots = like.rate, like.num_knots
     with jax.enable_x64(True):
         for attempt in itertools.count():
+            first = threshold is None
             knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, num_knots)
             grid = place(arrays.accept_prob, knots)
             if improving:
@@ -206,47 +274,92 @@ def solve(
             else:
                 seen = jax.device_get(_inspect(arrays, grid, rate, bias))
                 num_sweeps += 1
-            threshold, slack = seen.threshold, seen.slack[: finite.max_candidates][:, into].max()
+            threshold, slack = seen.threshold, seen.slack[:depth][:, into].max(axis=1)
             low, high = _bounds(finite, arrays, rate, bias, seen)
             lower, upper = max(lower, low), min(upper, high)
             # What the rate's own uncertainty can shift a threshold by: it prices the time between STOP and CONTINUE.
             shift = (upper - lower) * np.ptp(finite.round_time)
-            improving = upper - lower > tol * lower or shift > THRESHOLD_TOLERANCE / 2
-            closed = not improving and slack <= THRESHOLD_TOLERANCE / 2
+            improving = upper - lower > tol * lower or shift > shift_tol
+            closed = not improving and slack.max() <= slack_tol
             if closed or (attempt >= 2 and 4 * num_knots > max_knots):
                 break
-            num_knots = num_knots if attempt == 0 else 4 * num_knots
-    throughput = np.clip(rate, lower, upper)
-    return Solution(
-        throughput=float(throughput / unit),
-        speedup=float(throughput * finite.verify_time[0]),
-        bounds=(float(lower / unit), float(upper / unit)),
-        survival_threshold=seen.threshold[: finite.max_candidates][:, into],
-        bias=bias[into],
-        **_rates(arrays, result),
-        status=SolveStatus.successful if closed else SolveStatus.max_steps_reached,
+            num_knots = num_knots if first else 4 * num_knots
+    return _Found(rate, bias[into], (lower, upper), threshold[:depth][:, into], slack, _rates(arrays, result), closed,
+                  num_sweeps, num_knots)  # fmt: skip
+
+
+def _bracketed(
+    problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
+) -> tuple[_Found, bool]:
+    r"""A continuous process between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
+
+    The lower problem's threshold S is reported. With $D$ the worth of CONTINUE - STOP in the true problem at the true
+    rate, $\hat S$ and $\hat\sigma$ the upper problem's threshold and slack, $\Delta$ the bounds' relative width and
+    $L = \sum_{j=1}^{K-k} m^j$ the most tokens any rule can still expect per unit of survival (both problems keep the
+    mean acceptance m),
+
+    $$-\Delta S L \le D(S) \le \hat\sigma + L (S - \hat S)^+ + \Delta S L :$$
+
+    $D$ is non-decreasing in survival with slope at most L; a rule that breaks even at S spends at most $S L / \rho$ on
+    it, which is what a change of the rate is multiplied with; and at equal rates the problems are in order. Where the
+    right side is at most `THRESHOLD_TOLERANCE` for every k, S is right wherever $|D|$ exceeds that.
+    """
+    depth = int(problem.max_candidates)
+    mean = problem.unseen().next_accept_prob[:, 0]
+    most = np.cumsum(np.cumprod(mean[::-1]))[::-1]  # L for k = 0..K-1
+    low: Any = None
+    high: Any = None
+    lower, upper, closed, num_sweeps = 0.0, np.inf, False, 0
+    for level, cells in enumerate(CELLS):
+        fine, knots = level > 0, min(max_knots, MAX_ENTRIES // (depth * cells))
+        goal, slack = (tol / 4, THRESHOLD_TOLERANCE / 4) if fine else (max(tol, 1e-5), np.inf)
+        low, high = (
+            _close(_in_units(finite, unit), goal, slack, np.inf, knots, max_sweeps, like)
+            for finite, like in zip(problem.bracket(cells), (low, high), strict=True)
+        )
+        num_sweeps += low.num_sweeps + high.num_sweeps
+        lower, upper = max(lower, low.bounds[0]), min(upper, high.bounds[1])
+        at, above = (np.minimum(found.threshold[:, 0], 1.0) for found in (low, high))
+        unsure = (upper - lower) / max(lower, np.finfo(float).tiny) * at * most
+        off = high.slack + most * np.maximum(at - above, 0.0) + unsure
+        closed = upper - lower <= tol * lower and off.max() <= THRESHOLD_TOLERANCE
+        if closed or (fine and not (low.closed and high.closed)):
+            break  # in the second case knots are what limits, and finer cells need more of them
+    found = low._replace(
+        rate=(lower + upper) / 2, bounds=(lower, upper), threshold=low.threshold[:, :1], bias=np.zeros(1),
         num_sweeps=num_sweeps,
-        num_knots=num_knots,
-        seconds=time.perf_counter() - start,
-    )
+    )  # fmt: skip
+    return found, closed
 
 
 def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray, seen: Sweep) -> tuple[float, float]:
-    """The certificate of the module docstring, widened for rounding."""
-    least, greatest = finite.round_time.min(), finite.round_time.max()
+    """The certificate, for the start regimes that count."""
     if finite.persistent:
         starts = arrays.reachable > 0
         low, high, scale = seen.lower[starts].min(), seen.upper[starts].max(), np.abs(bias[starts]).max()
     else:
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
+    lower, upper = certificate(rate, low, high, finite.round_time, scale, finite.num_regimes)
+    return float(lower), float(upper)
+
+
+def certificate(rate: Any, low: Any, high: Any, round_time: np.ndarray, scale: Any, num_regimes: int) -> tuple:
+    """Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
+
+    Args:
+        rate: rho, at which the round was priced.
+        low, high: under- and over-estimate of T_rho_h - h: least and greatest start, mean over starts if rounds renew.
+        round_time: [..., K + 1] k t_d + V(k).
+        scale: largest size of the bias.
+        num_regimes: Z, the terms of each sum.
+    """
+    least, greatest, depth = round_time.min(axis=-1), round_time.max(axis=-1), round_time.shape[-1] - 1
     # Values that matter are no worse than stopping at once; those beyond lose by more than they are rounded.
-    depth, worst = finite.max_candidates, rate * finite.verify_time[0]
-    rounding = 8 * np.finfo(float).eps * (depth + finite.num_regimes) * (scale + depth + 1 + worst)
+    worst = rate * round_time[..., 0]
+    rounding = 8 * np.finfo(float).eps * (depth + num_regimes) * (scale + depth + 1 + worst)
     low, high = low - rounding, high + rounding
-    return (
-        float(max(rate + low / (greatest if low >= 0 else least), 0.0)),
-        float(rate + high / (least if high >= 0 else greatest)),
-    )
+    lower = np.maximum(rate + low / np.where(low >= 0, greatest, least), 0.0)
+    return lower, rate + high / np.where(high >= 0, least, greatest)
 
 
 def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:

@@ -8,6 +8,8 @@ independent *replicas* in a `vmap`. Exactly `rounds` rounds are counted per poli
 acceptance uniforms and one for the next start are drawn whether or not the policy stops. So every policy meets the
 same coins in the same round, and the standard error of a difference, taken over replicas, profits from it.
 
+*Continuous acceptances* are drawn by inverse CDF: each regime coin becomes the acceptance itself, outside of `jit`.
+
 *Start.* A persistent problem is asked for its long run, so replicas should start from the stationary law of the
 policy's start-regime chain M. (i) Where M is cheap to know exactly (`mdp.evaluate.round_law`) they do: there is no
 start bias to discard, however slowly the chain mixes and whether or not it is periodic, so the burn-in that keeps the
@@ -36,6 +38,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from mdp import entrants
+from mdp.acceptance import BetaMixture
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.evaluate import long_run, round_law
 from mdp.metrics import Tally
@@ -58,9 +61,12 @@ SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "
 
 
 class _World(NamedTuple):
-    """The problem as the step reads it: laws as cumulative rows, flattened; `after_*` are None if rounds renew."""
+    """The problem as the step reads it: laws as cumulative rows, flattened; `after_*` are None if rounds renew.
 
-    transition: Float[Array, " ZZ"]
+    `transition` is None if acceptances are continuous: then the regime coins are acceptances.
+    """
+
+    transition: Float[Array, " ZZ"] | None
     initial: Float[Array, " Z"]
     accept_prob: Float[Array, "K Z"]
     next_accept_prob: Float[Array, "K Z"]
@@ -105,13 +111,13 @@ def simulate(
     seed = int(key) if isinstance(key, (int, np.integer)) else None
     if seed is not None and not 0 <= seed < 2**63:
         raise ValueError(f"seed: must be a whole number in 0..2**63 - 1, got {seed}")
-    finite = problem.lower()
+    finite = problem.unseen()
     specs = entrants.read(policies)
     rules = [_rule(problem, spec) for spec in specs]
     replicas = min(int(rounds), MAX_REPLICAS)
     quota = rounds // replicas + (np.arange(replicas) < rounds % replicas)
     with jax.enable_x64(True):
-        tallies = _play(finite, specs, rules, key if seed is None else jr.key(seed), quota)
+        tallies = _play(problem, specs, rules, key if seed is None else jr.key(seed), quota)
     results = (
         PolicyResult(spec.text, tally, plain_time=float(finite.verify_time[0]))
         for spec, tally in zip(specs, tallies, strict=True)
@@ -131,7 +137,7 @@ def _rule(problem: StoppingProblem, spec: PolicySpec) -> Policy:
     hidden = entrants.needs(policy) - SHOWN
     if hidden:
         raise ValueError(f"policy {spec.text!r} needs {min(hidden)}, which a problem does not show")
-    finite = problem.lower()
+    finite = problem.unseen()
     policy = entrants.fit_depth(spec.text, policy, finite.max_candidates, finite.num_regimes)
     _register(type(policy))
     for f in fields(policy):  # type: ignore[arg-type]
@@ -188,9 +194,10 @@ def _stateless(rule: Policy) -> bool:
     return not jax.tree_util.tree_leaves(rule.init())
 
 
-def _play(finite: FiniteProblem, specs: list, rules: list, key: Any, quota: np.ndarray) -> list[Tally]:
+def _play(problem: StoppingProblem, specs: list, rules: list, key: Any, quota: np.ndarray) -> list[Tally]:
     """All policies through all rounds, chunk by chunk, so that a chunk's coins are drawn once for all of them."""
-    world, size, needed = _world(finite), len(quota), int(quota.max())
+    finite, process = problem.unseen(), problem.acceptance
+    world, size, needed = _world(finite, process.finite), len(quota), int(quota.max())
     # Two sizes of chunk, so that another number of rounds seldom means another compilation.
     affordable = COINS_PER_CHUNK // ((2 * finite.max_candidates + 1) * MAX_REPLICAS)
     chunk = min(SHORT_CHUNK if needed <= SHORT_CHUNK else LONG_CHUNK, affordable)
@@ -205,6 +212,9 @@ def _play(finite: FiniteProblem, specs: list, rules: list, key: Any, quota: np.n
     for index in range(-before if any(burn_in for _, burn_in in starts) else 0, -(-needed // chunk)):
         first = jnp.asarray(index * chunk, dtype=jnp.int64)
         coins = _coins(replica_keys, first, chunk, finite.max_candidates)
+        if isinstance(process, BetaMixture):
+            regime_coins, others = np.split(np.asarray(coins), [finite.max_candidates], axis=1)
+            coins = jnp.asarray(np.concatenate([process.quantile(regime_coins), others], axis=1))
         for p, (rule, (_, burn_in)) in enumerate(zip(rules, starts, strict=True)):
             if index >= 0 or burn_in:
                 carries[p], count, time = _chunk(world, rule, carries[p], coins, first, quota_array, round_time)
@@ -224,13 +234,14 @@ def _cumulative(law: np.ndarray) -> np.ndarray:
     return rows / rows[..., -1:]
 
 
-def _world(finite: FiniteProblem) -> _World:
+def _world(finite: FiniteProblem, visible: bool = True) -> _World:
     def rows(law: Any) -> Any:
         return None if law is None else jnp.asarray(_cumulative(law).ravel())
 
     return _World(
-        rows(finite.transition), jnp.asarray(_cumulative(finite.initial)), jnp.asarray(finite.accept_prob),
-        jnp.asarray(finite.next_accept_prob), rows(finite.rejection), rows(finite.bonus),
+        rows(finite.transition if visible else None), jnp.asarray(_cumulative(finite.initial)),
+        jnp.asarray(finite.accept_prob), jnp.asarray(finite.next_accept_prob),
+        rows(finite.rejection), rows(finite.bonus),
     )  # fmt: skip
 
 
@@ -323,8 +334,11 @@ def _draft(world: _World, rule: Any, state: Any, start: Any, coins: Float[Array,
 
 def _candidate(world: _World, rule: Any, now: _Drafting, k: Any, regime_coin: Any, accept_coin: Any) -> _Drafting:
     """Ask the rule with k candidates drafted, and draft one more unless it stops (or has stopped before)."""
-    regime = _pick(world.transition, now.regime, world.accept_prob.shape[1], regime_coin)
-    accept_prob = world.accept_prob[k, regime]
+    if world.transition is None:
+        regime, accept_prob = now.regime, regime_coin
+    else:
+        regime = _pick(world.transition, now.regime, world.accept_prob.shape[1], regime_coin)
+        accept_prob = world.accept_prob[k, regime]
     accepted = accept_coin < accept_prob
     seen = Observation(
         num_candidates=k,

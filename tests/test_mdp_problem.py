@@ -109,7 +109,7 @@ BAD = [
     (changed(cost={"kind": "affine", "verify_time": 1}), "cost.draft_time: missing"),
     (changed(coupling={"kind": "persistent", "bonus": [[1]]}), "coupling.rejection: missing"),
     # Kinds.
-    (with_value("acceptance.kind", "beta_mixture"), "acceptance.kind: beta_mixture is not yet available"),
+    (with_value("acceptance.kind", "beta_mixture"), "acceptance.transition: unknown key"),
     (with_value("acceptance.kind", "coin"), "acceptance.kind: must be one of"),
     (with_value("acceptance.kind", ["iid"]), "acceptance.kind: must be one of"),
     (with_value("acceptance.kind", True), "acceptance.kind: must be one of"),

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mdp", "simulate", "realmodels", "specstop")
 LINT = Path(sys.executable).with_name("lint-imports")
 
+SOLVERS = ("mdp.lattice", "mdp.many", "mdp.price", "mdp.solve", "mdp.tabular")
+
 VIOLATIONS = {
     "torch in mdp": ("mdp/metrics.py", "import torch", "torch and transformers stay out"),
     "transformers in simulate": ("simulate/replay.py", "from transformers import AutoConfig", "torch and transformers"),
@@ -88,7 +90,7 @@ def test_that_check_can_fail():
 
 
 def test_policies_and_replay_load_no_jax_and_no_plots():
-    light = [name for name in modules_of("mdp") if name not in ("mdp.price", "mdp.solve")]
+    light = [name for name in modules_of("mdp") if name not in SOLVERS]
     light += ["simulate.replay", "simulate.estimate"]
     assert loaded_by([*light, "specstop.verbs"], ["jax", "matplotlib", "torch", "pandas"]) == set()
     assert "jax" in loaded_by(["mdp.solve"], ["jax"])

@@ -1,0 +1,190 @@
+"""Continuous acceptances: brackets against adaptive integration, limits, and draws from the true law."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import integrate, optimize, special
+
+from mdp.acceptance import IID, BetaMixture
+from mdp.cost import Affine, Table
+from mdp.evaluate import evaluate
+from mdp.policy import ThresholdTable
+from mdp.problem import Persistent, StoppingProblem, loads
+from mdp.solve import THRESHOLD_TOLERANCE, solve
+from simulate.rounds import simulate
+
+COST = Affine(draft_time=0.15, verify_time=1.0)
+DIPS = Table(0.15, [1.0, 0.95, 1.3, 0.9])
+
+
+def going_on(process, cost, depth, rate, k, survival):
+    """What one more candidate is worth at (k, survival), by adaptive integration within adaptive integration."""
+    times = cost.verify_times(depth)
+    sure = survival * process.mean - rate * (cost.draft_time + times[min(k + 1, depth)])
+    if k == depth - 1:
+        return sure
+
+    def gain(next_survival):
+        return going_on(process, cost, depth, rate, k + 1, next_survival) + rate * times[k + 1]
+
+    if gain(survival) <= 0:
+        return sure
+    # Integrate from the kink on, where one starts to go on; the poles of the law at 0 and 1 are the weight.
+    kink = optimize.brentq(gain, 0.0, survival, xtol=1e-14) / survival if gain(0.0) < 0 else 0.0
+    first, second = process.shapes
+    left = 0.0 if kink > 0 else first - 1
+    extra, _ = integrate.quad(
+        lambda a: gain(survival * a) * a ** (first - 1 - left), kink, 1.0, weight="alg", wvar=(left, second - 1),
+        epsabs=1e-10, epsrel=1e-10,
+    )  # fmt: skip
+    return sure + extra / special.beta(first, second)
+
+
+def best(process, cost, depth):
+    """The rate at which the best round is worth nothing."""
+    plain = cost.verify_times(depth)[0]
+    return optimize.brentq(
+        lambda rate: 1.0 + max(-rate * plain, going_on(process, cost, depth, rate, 0, 1.0)),
+        0.5 / plain, (depth + 1.0) / cost.round_times(depth).min(), xtol=1e-9, rtol=1e-10,
+    )  # fmt: skip
+
+
+PROCESSES = [BetaMixture(0.7, 3.0), BetaMixture(0.8, 0.5), BetaMixture(0.5, 40.0)]
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_the_bounds_enclose_adaptive_integration(process):
+    exact, solution = best(process, COST, 2), solve(StoppingProblem(process, COST, 2))
+    assert solution.status.name == "successful"
+    assert solution.bounds[0] * (1 - 1e-8) <= exact <= solution.bounds[1] * (1 + 1e-8)
+    assert solution.bounds[1] - solution.bounds[0] <= 1e-6 * exact
+
+
+def test_three_candidates_and_their_thresholds():
+    process = BetaMixture(0.7, 3.0)
+    exact, solution = best(process, DIPS, 3), solve(StoppingProblem(process, DIPS, 3))
+    assert solution.bounds[0] * (1 - 1e-8) <= exact <= solution.bounds[1] * (1 + 1e-8)
+    assert solution.survival_threshold.shape == (3, 1)
+    for k, threshold in enumerate(solution.survival_threshold[:, 0]):
+        stop = -exact * DIPS.verify_time[k]
+        if 0 < threshold <= 1:
+            assert abs(going_on(process, DIPS, 3, exact, k, threshold) - stop) <= THRESHOLD_TOLERANCE
+        else:  # always, or never
+            side = going_on(process, DIPS, 3, exact, k, 1e-12 if threshold == 0 else 1.0) - stop
+            assert side >= -THRESHOLD_TOLERANCE if threshold == 0 else side <= THRESHOLD_TOLERANCE
+
+
+@pytest.mark.parametrize("process", [*PROCESSES, BetaMixture(0.99, 1e-3), BetaMixture(0.3, 1e6)], ids=str)
+@pytest.mark.parametrize("cells", [1, 7, 64])
+def test_both_chains_keep_the_mean_and_bracket_the_spread(process, cells):
+    low, high = process.bracket(4, cells)
+    first, second = process.shapes
+    square = first * (first + 1) / ((first + second) * (first + second + 1))
+    for chain in (low, high):
+        assert chain.initial.sum() == pytest.approx(1.0, abs=1e-12)
+        assert chain.initial @ chain.accept_prob[0] == pytest.approx(process.mean, rel=1e-9)
+    assert low.initial @ low.accept_prob[0] ** 2 <= square * (1 + 1e-9)
+    assert high.initial @ high.accept_prob[0] ** 2 >= square * (1 - 1e-9)
+
+
+def test_finer_cells_tighten_both_sides():
+    problem = StoppingProblem(BetaMixture(0.7, 3.0), COST, 4)
+    rates = np.array([[solve(side).throughput for side in problem.bracket(cells)] for cells in (1, 3, 9, 27)])
+    assert (np.diff(rates[:, 0]) > 0).all() and (np.diff(rates[:, 1]) < 0).all()
+    width = rates[:, 1] - rates[:, 0]
+    assert width[-1] < width[-2] / 6  # about 9: the square of the cells' width
+
+
+def test_infinite_concentration_is_iid():
+    iid = solve(StoppingProblem(IID(0.7), COST, 6))
+    ours = solve(StoppingProblem(BetaMixture(0.7, 1e9), COST, 6))
+    assert ours.throughput == pytest.approx(iid.throughput, rel=1e-5)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_a_mean_at_the_end_is_iid(mean):
+    ours, iid = (solve(StoppingProblem(p, COST, 6)) for p in (BetaMixture(mean, 2.0), IID(mean)))
+    assert ours.throughput == pytest.approx(iid.throughput, rel=1e-12)
+    np.testing.assert_allclose(ours.survival_threshold, iid.survival_threshold)
+
+
+def test_no_concentration_is_a_coin_seen():
+    """a is 0 or 1: draft until the first candidate that will be rejected."""
+    mean, depth = 0.7, 3
+    rates = [
+        sum(mean**i for i in range(n + 1)) / (1.0 + 0.15 * sum(mean**i for i in range(n))) for n in range(depth + 1)
+    ]
+    ours = solve(StoppingProblem(BetaMixture(mean, 1e-6), COST, depth))
+    assert ours.throughput == pytest.approx(max(rates), rel=1e-5)
+
+
+def test_seeing_pays():
+    problem = StoppingProblem(BetaMixture(0.8, 2.0), COST, 3)
+    fixed = [evaluate(problem, f"fixed:{k}").throughput for k in range(4)]
+    assert solve(problem).throughput > 1.01 * max(fixed)
+
+
+def test_fixed_and_oracle_are_exact_and_others_are_refused():
+    problem, iid = (StoppingProblem(p, COST, 5) for p in (BetaMixture(0.8, 2.0), IID(0.8)))
+    for policy in ("fixed:0", "fixed:3", "oracle"):
+        assert evaluate(problem, policy).throughput == evaluate(iid, policy).throughput
+    for policy in ("rejection:0.4", "lookahead:0.4", ThresholdTable(np.zeros((5, 1)))):
+        with pytest.raises(ValueError, match="only fixed and oracle have an exact value; simulate it instead"):
+            evaluate(problem, policy)
+    with pytest.raises(ValueError, match="beta_mixture is continuous"):
+        problem.lower()
+
+
+@pytest.mark.parametrize("process", [BetaMixture(0.7, 3.0), BetaMixture(0.8, 0.3)], ids=str)
+def test_the_simulator_draws_from_the_law(process):
+    problem = StoppingProblem(process, COST, 3)
+    # Two candidates if the first has a >= 1/2: S_1 = a is Beta, the rest is arithmetic.
+    first, second = process.shapes
+    more = special.betaincc(first, second, 0.5)
+    kept = process.mean * special.betaincc(first + 1, second, 0.5)
+    exact = (1 + process.mean + process.mean * kept) / (1 + 0.15 * (1 + more))
+    rule = ThresholdTable(np.array([[0.0], [0.5], [2.0]]))
+    result = simulate(problem, [rule, "fixed:2", "oracle"], rounds=40_000, key=0)
+    for policy, value in zip(
+        result.policies, [exact, *(evaluate(problem, p).throughput for p in ("fixed:2", "oracle"))], strict=True
+    ):
+        assert abs(policy.throughput.value - value) <= 5 * policy.throughput.se
+
+
+def test_the_rule_found_earns_what_the_solver_says():
+    problem = StoppingProblem(BetaMixture(0.8, 2.0), COST, 3)
+    solution = solve(problem)
+    result = simulate(problem, [solution.policy], rounds=100_000, key=1).policies[0]
+    assert abs(result.throughput.value - solution.throughput) <= 5 * result.throughput.se
+
+
+def test_it_comes_back_from_its_own_dict():
+    data = {"acceptance": {"kind": "beta_mixture", "mean": 0.8, "concentration": 5}, "max_candidates": 3,
+            "cost": {"kind": "affine", "draft_time": 0.2, "verify_time": 1.0}}  # fmt: skip
+    problem = loads(json.dumps(data))
+    assert problem.acceptance == BetaMixture(0.8, 5.0)
+    assert loads(json.dumps(problem.to_dict())).to_dict() == problem.to_dict()
+    assert problem.acceptance.num_regimes == 1
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        *[({"mean": bad}, "acceptance.mean: must") for bad in (-0.1, 1.1, True, "0.5", [0.5], None)],
+        *[({"concentration": bad}, "acceptance.concentration: must be a number in 1e-06..1e+09")
+          for bad in (0, -1, True, "5", [5], None, 1e300, 10**400)],
+        ({"alpha": 1}, "acceptance.alpha: unknown key"),
+    ],
+)  # fmt: skip
+def test_bad_laws_are_refused_in_one_line_that_names_the_field(parts, message):
+    data = {"acceptance": {"kind": "beta_mixture", "mean": 0.8, "concentration": 5, **parts}, "max_candidates": 3,
+            "cost": {"kind": "affine", "draft_time": 0.2, "verify_time": 1.0}}  # fmt: skip
+    with pytest.raises(ValueError) as error:
+        loads(json.dumps(data))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rounds_renew():
+    with pytest.raises(ValueError, match="persistent needs markov_modulated, not beta_mixture"):
+        StoppingProblem(BetaMixture(0.8, 5.0), COST, 3, Persistent([[1.0]], [[1.0]]))
