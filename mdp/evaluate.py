@@ -26,7 +26,7 @@ from mdp.metrics import Tally
 from mdp.policy import FixedLength, Observation, Oracle, Policy, PolicySpec
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["Evaluation", "RoundLaw", "evaluate", "long_run", "round_law"]
+__all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "long_run", "round_law"]
 
 MAX_STATES = 5_000_000
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
@@ -97,16 +97,13 @@ def evaluate(
     (spec,) = read([policy])
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
+    if isinstance(problem, StoppingProblem):
+        check_exact(problem, spec)
     rule = spec.policy
     if rule is None:
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
-    process = problem.acceptance if isinstance(problem, StoppingProblem) else None
-    if process is not None and not process.finite and not isinstance(rule, (FixedLength, Oracle)):
-        raise ValueError(
-            f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
-        )
     law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
@@ -114,6 +111,19 @@ def evaluate(
                   num_discarded=drafted - (emitted - 1.0), num_cut=0.0, time=time)  # fmt: skip
     speedup = float(tally.throughput) * float(finite.verify_time[0])
     return Evaluation(spec.text, tally, speedup, None if solution is None else solution.bounds)
+
+
+def check_exact(problem: StoppingProblem, spec: PolicySpec) -> None:
+    """Refuse, before any work, a rule that has no exact value on the problem.
+
+    Raises:
+        ValueError: if acceptances are continuous and the rule looks at them.
+    """
+    process = problem.acceptance
+    if not process.finite and not isinstance(spec.policy, (FixedLength, Oracle)):
+        raise ValueError(
+            f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
+        )
 
 
 def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Float[np.ndarray, " Z"]:

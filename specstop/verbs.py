@@ -70,10 +70,12 @@ def evaluate(args: Namespace) -> int:
     """The exact value of each policy, and its gap to the optimum."""
     (problem,) = inputs.read_problems([args.problem])
     specs = inputs.read_policies(args.policies, problem)
+
+    from mdp.evaluate import check_exact, evaluate
+
+    for spec in specs:
+        check_exact(problem, spec)
     solution = _solve(problem, args)
-
-    from mdp.evaluate import evaluate
-
     results = [evaluate(problem, spec, solution=solution).to_dict() for spec in specs]
     _print_policies(results, args.json)
     return _code(solution)
