@@ -159,9 +159,13 @@ def _load(
     options: dict[str, Any] = {"revision": revision} if revision else {}
     loader: Any = AutoModelForCausalLM
     with _foreign(f"{role}: cannot load {spec!r}"):
-        model = loader.from_pretrained(
-            source, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, **options
-        )
+        model, report = loader.from_pretrained(
+            source, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True,
+            **options,
+        )  # fmt: skip
+    # Weights that the files lack would be drawn at random, and everything recorded with them would be noise.
+    if lacking := sorted(report["missing_keys"]):
+        raise ValueError(f"{role}: {spec!r} lacks {len(lacking)} of the model's weights, such as {lacking[0]}")
     check_attention(model, f"{role} {spec!r}")
     try:
         with _foreign("tokenizer"):

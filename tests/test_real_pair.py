@@ -217,6 +217,17 @@ def test_a_damaged_model_folder_is_refused_in_one_line(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
+def test_weights_that_are_not_there_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_target(3).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 of the model's weights, such as model.layers.0.mlp.up_proj.weight"):
+        load_pair(str(tmp_path), "rtn")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), ImportError("no accelerate")], ids=repr)
 def test_what_is_no_fault_of_the_files_is_not_blamed_on_them(folder, monkeypatch, error):
     from transformers import AutoModelForCausalLM
