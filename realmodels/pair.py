@@ -11,6 +11,7 @@ smaller one belong to no token and are cut off.
 """
 
 import contextlib
+import io
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -245,14 +246,9 @@ def _common_vocabulary(target: Any, draft: Any, tokenizer: Any, draft_tokenizer:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of transformers' own unless someone watches."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if shown and not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
+    """No progress bars and logs of other people's code unless someone watches; what goes wrong is raised anyhow."""
+    if sys.stderr.isatty():
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+        return
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
