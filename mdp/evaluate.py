@@ -107,8 +107,9 @@ def evaluate(
     law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
+    # Where all candidates are accepted the difference is rounding, of either sign.
     tally = Tally(num_target_calls=1.0, num_drafted=drafted, num_emitted=emitted,
-                  num_discarded=drafted - (emitted - 1.0), num_cut=0.0, time=time)  # fmt: skip
+                  num_discarded=max(drafted - (emitted - 1.0), 0.0), num_cut=0.0, time=time)  # fmt: skip
     speedup = float(tally.throughput) * float(finite.verify_time[0])
     return Evaluation(spec.text, tally, speedup, None if solution is None else solution.bounds)
 

@@ -6,14 +6,17 @@ a rule sees a candidate only after it is drafted, and a drafted candidate is alw
 keeps the output law equal to the target's: a rule that may look at a candidate and drop it biases it.
 
 A rule is a frozen dataclass whose `stop` uses Python operators only, so the same line runs on floats, on NumPy
-arrays with one entry per request, on jax arrays under `jit`, and on torch tensors. The five-line rule:
+arrays with one entry per request, on jax arrays under `jit`, and on torch tensors. A rule of one's own:
 
     @dataclass(frozen=True)
-    class MinimumProb(Policy):
-        floor: float
-        needs = ("draft_prob",)
+    class Capped(Policy):
+        threshold: float
+        most: int
+        needs = ("survival",)
         def stop(self, state, observation):
-            return state, (observation.num_candidates > 0) & (observation.draft_prob < self.floor)
+            return state, (observation.survival < self.threshold) | (observation.num_candidates >= self.most)
+
+`needs` names the fields it reads; `if`, `and` and `or` do not work on arrays, `|`, `&` and comparisons do.
 
 Where a world does not know the true survival it supplies an estimate from a *signal* (`mdp.fit.SignalModel`);
 the rule does not change. The world, not the rule, forces the stop at `max_candidates`, at the maximum length

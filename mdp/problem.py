@@ -275,10 +275,10 @@ def from_dict(data: Any) -> StoppingProblem:
     for key in keys:
         if key not in data and key != "coupling":
             raise ValueError(f"{key}: missing")
-    coupling = _part("coupling", data.get("coupling", {"kind": "renewal"}), COUPLING, default="renewal")
     acceptance = _part("acceptance", data["acceptance"], ACCEPTANCE)
     if "coupling" in data and acceptance.start_laws() is not None:
         raise ValueError(f"coupling: {acceptance.kind} brings its own, leave it out")
+    coupling = _part("coupling", data.get("coupling", {"kind": "renewal"}), COUPLING, default="renewal")
     return StoppingProblem(
         acceptance=acceptance,
         cost=cost_from_dict(data["cost"]),

@@ -28,7 +28,7 @@ DOES = {
     "fixed": "draft exactly K candidates",
     "rejection": "stop iff 1 - S_k > h, S_k = probability that all k are accepted",
     "lookahead": "stop iff 1 - S_k * a > h, a = acceptance probability of the next candidate",
-    "optimal": "the table that `solve` gives for this problem, or a saved one",
+    "optimal": "the table `solve` gives for this problem, on a trace for a chain fitted to half of it; or a saved one",
     "oracle": "draft exactly what will be accepted: a bracket, not a policy anyone can run",
 }
 SOURCES = {

@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mdp.policy import SIGNALS
 from specstop import inputs
 from specstop.output import emit, json_line, key_values, table
 
@@ -136,6 +137,10 @@ def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
     parts = [key_values(about), _policy_table(rows)]
     if differences:
         parts.append(table(differences))
+    if any(row.get("signal") == SIGNALS[0] for row in rows):
+        parts.append(
+            f"{SIGNALS[0]} is a perfect acceptance head, which nobody has while drafting: a ceiling, no setting"
+        )
     emit("\n\n".join(parts))
 
 
