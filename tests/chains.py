@@ -4,15 +4,32 @@ Draft and target are order-1 chains over a few tokens: row t is the law of the n
 context is one token and everything can be drawn in a loop that shares no code with `simulate.replay`.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from mdp.fit import SignalModel
-from mdp.policy import Outcome
+from mdp.policy import Outcome, Policy
 from mdp.trace import Trace
 
 FIRST = 0  # the prompt's last token
+
+
+@dataclass(frozen=True)
+class OneMore(Policy):
+    """Draft one more than was accepted last time."""
+
+    first: int
+
+    def init(self):
+        return self.first
+
+    def stop(self, state, observation):
+        return state, observation.num_candidates >= state
+
+    def end_round(self, state, outcome):
+        return outcome.num_accepted + 1
 
 
 class ChainPair(NamedTuple):

@@ -136,22 +136,6 @@ def test_measured_times_are_the_default():
 
 
 @dataclass(frozen=True)
-class OneMore(Policy):
-    """Draft one more than was accepted last time."""
-
-    first: int
-
-    def init(self):
-        return self.first
-
-    def stop(self, state, observation):
-        return state, observation.num_candidates >= state
-
-    def end_round(self, state, outcome):
-        return outcome.num_accepted + 1
-
-
-@dataclass(frozen=True)
 class LeastProb(Policy):
     floor: float
     needs = ("draft_prob",)
@@ -178,16 +162,16 @@ class Nested(Policy):
 
 def test_rule_with_a_state():
     expected = [(0, 2, 2, 3, 0), (3, 3, 3, 4, 0), (7, 0, 0, 1, 0)]
-    assert rounds(one(plain_request()), OneMore(2)) == expected
+    assert rounds(one(plain_request()), chains.OneMore(2)) == expected
     assert rounds(one(plain_request()), Nested()) == expected
 
 
 def test_states_of_requests_do_not_mix():
     pair = chains.random_pair(3, end=3)
     trace = chains.record(pair, 5, num_requests=30, limit=15, depth=5)
-    together = replay_rounds(trace, OneMore(2))
+    together = replay_rounds(trace, chains.OneMore(2))
     for r in range(30):
-        alone = replay_rounds(trace, OneMore(2), requests=[r])
+        alone = replay_rounds(trace, chains.OneMore(2), requests=[r])
         mine = together.request == r
         assert (together.num_drafted[mine] == alone.num_drafted).all()
 
@@ -339,7 +323,7 @@ def per_request(rows, values):
         (parse("rejection:0.4").policy, None),
         (parse("rejection:0.3").policy, "entropy"),
         (parse("lookahead:0.5").policy, "draft_prob"),
-        (OneMore(2), None),
+        (chains.OneMore(2), None),
         (FixedLength(4), None),
     ],
 )
@@ -361,7 +345,7 @@ def test_replay_has_the_law_of_a_live_run(rule, signal):
 
 def test_balance_in_every_request():
     trace = chains.record(chains.random_pair(9, end=3), 1, num_requests=60, limit=15, depth=5)
-    for policy in ("fixed:5", "rejection:0.5", OneMore(2), "oracle"):
+    for policy in ("fixed:5", "rejection:0.5", chains.OneMore(2), "oracle"):
         (result,) = replay(trace, [policy], cost=COST).policies
         assert (result.clusters.imbalance == 0).all()
         assert (result.clusters.num_emitted == np.diff(trace.offsets)).all()

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 from typing import ClassVar
 
+import chains
 import jax.random as jr
 import numpy as np
 import pytest
@@ -165,22 +166,6 @@ def test_standard_errors_are_honest(problem):
 
 
 @dataclass(frozen=True)
-class OneMore(Policy):
-    """Draft one more than was accepted last time."""
-
-    first: int
-
-    def init(self):
-        return self.first
-
-    def stop(self, state, observation):
-        return state, observation.num_candidates >= state
-
-    def end_round(self, state, outcome):
-        return outcome.num_accepted + 1
-
-
-@dataclass(frozen=True)
 class Smoothed(Policy):
     """Draft one as soon as a mean that starts as the whole number 0 has risen to a quarter."""
 
@@ -229,9 +214,9 @@ class Named(Policy):
 
 def test_rule_with_a_state_iid():
     """Always-accepted candidates: the length grows by one a round up to the most there can be."""
-    result = simulate(StoppingProblem(IID(1.0), COST, 5), [OneMore(1)], rounds=10_000, key=0)
+    result = simulate(StoppingProblem(IID(1.0), COST, 5), [chains.OneMore(1)], rounds=10_000, key=0)
     assert result.policies[0].total.num_drafted == 50_000  # the burn-in has passed lengths 1..4
-    result = simulate(StoppingProblem(IID(0.0), COST, 5), [OneMore(3)], rounds=10_000, key=0)
+    result = simulate(StoppingProblem(IID(0.0), COST, 5), [chains.OneMore(3)], rounds=10_000, key=0)
     assert result.policies[0].total.num_drafted == 10_000
 
 
@@ -251,7 +236,7 @@ def test_rule_with_a_state_is_a_chain_over_its_state():
     law = np.linalg.matrix_power(chain, 200)[1]
     emitted = law @ [sum(alpha**i for i in range(k + 1)) for k in range(depth + 1)]
     time = law @ (0.2 * np.arange(depth + 1) + COST.verify_times(depth))
-    result = simulate(StoppingProblem(IID(alpha), COST, depth), [OneMore(1)], rounds=60_000, key=1).policies[0]
+    result = simulate(StoppingProblem(IID(alpha), COST, depth), [chains.OneMore(1)], rounds=60_000, key=1).policies[0]
     assert abs(result.throughput.value - emitted / time) <= 5 * result.throughput.se
 
 
