@@ -116,20 +116,28 @@ class _Kept(NamedTuple):
 
 
 def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Sweep:
-    """Backward induction over depth at rate rho and bias h [C] (zeros if rounds renew)."""
+    """Backward induction over depth at rate rho and bias h [C] (zeros if rounds renew).
+
+    A bias of K + 1 rows is that of a start behind k + 1 emitted tokens, where the tokens still to come count
+    (`mdp.horizon`); then nothing is tracked.
+    """
     num_classes, num_knots = problem.transition.shape[0], grid.knots.shape[1]
     persistent = problem.bonus is not None
     bonus = problem.bonus if persistent else jnp.zeros((num_classes, 0))
     rejection = problem.rejection if persistent else jnp.zeros((problem.transition.shape[1], 0))
-    after_bonus, after_rejection = (law @ bias if persistent else law.sum(1) for law in (bonus, rejection))
+    depths = problem.verify_time.shape[0]
+    biases = jnp.broadcast_to(bias, (depths, num_classes))
+    after_bonus, after_rejection = (
+        biases @ law.T if persistent else jnp.zeros((depths, len(law))) for law in (bonus, rejection)
+    )
     stopped = jnp.concatenate([jnp.zeros((num_classes, 1)), bonus], axis=1)  # tracked: no candidates, the bonus's law
     into, onto = problem.into, problem.into[:, None] * num_knots
 
     def step(later: _Kept, layer):
-        accept, knots, cell, weight, verify_now, verify_next = layer
+        accept, knots, cell, weight, verify_now, verify_next, bonus_now, bonus_next, if_rejected = layer
         survival, at = accept[:, None] * knots, onto + cell
         upper, slope, time = (part.reshape(-1) for part in later[:3])
-        stop_slope = after_bonus[into][:, None]
+        stop_slope = bonus_next[into][:, None]
         stop = survival * stop_slope - rate * verify_next
         # lower: the best of STOP and the two rules kept around this survival
         left, right = (survival * slope[index] - rate * time[index] for index in (at, at + 1))
@@ -137,7 +145,7 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
         # on a kink the rule above it, so that each knot keeps the line to its right
         best = jnp.where(right >= left - TIE * (1.0 + jnp.abs(left)), at + 1, at)
         between = (1.0 - weight) * upper[at] + weight * upper[at + 1]
-        missed = ((1.0 - accept) * after_rejection)[:, None]
+        missed = ((1.0 - accept) * if_rejected)[:, None]
         outcomes = jnp.stack(
             [
                 knots * (accept[:, None] + missed) + jnp.maximum(stop, between),
@@ -154,22 +162,23 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
             missed_law = (1.0 - accept)[:, None, None] * rejection[:, None, :]
             leads = [1.0 + chosen[..., :1], missed_law + accept[:, None, None] * chosen[..., 1:]]
             now = now._replace(track=jnp.tensordot(problem.transition, jnp.concatenate(leads, axis=2), axes=1))
-        return now, _thresholds(knots, now, after_bonus, rate, verify_now)
+        return now, _thresholds(knots, now, bonus_now, rate, verify_now)
 
     shape = (num_classes, num_knots)
     last = _Kept(jnp.full(shape, NEVER), jnp.zeros(shape), jnp.full(shape, -NEVER), None)
     if track:
         last = last._replace(track=jnp.zeros((*shape, stopped.shape[1])))
-    layers = (problem.accept_prob, *grid, problem.verify_time[:-1], problem.verify_time[1:])
+    times = (problem.verify_time[:-1], problem.verify_time[1:])
+    layers = (problem.accept_prob, *grid, *times, after_bonus[:-1], after_bonus[1:], after_rejection[:-1])
     first, (threshold, slack) = jax.lax.scan(step, last, layers, reverse=True)
 
-    stop = after_bonus - rate * problem.verify_time[0]
+    stop = after_bonus[0] - rate * problem.verify_time[0]
     going_on = first.slope[:, -1] - rate * first.time[:, -1]
-    lower, upper = (1.0 + jnp.maximum(stop, value) - bias for value in (going_on, first.upper[:, -1]))
+    lower, upper = (1.0 + jnp.maximum(stop, value) - biases[0] for value in (going_on, first.upper[:, -1]))
     if not track:
         return Sweep(lower, upper, threshold, slack)
     goes_on = going_on >= stop - TIE * (1.0 + jnp.abs(stop))
-    slope = jnp.where(goes_on, first.slope[:, -1], after_bonus)
+    slope = jnp.where(goes_on, first.slope[:, -1], after_bonus[0])
     leads = jnp.where(goes_on[:, None], first.track[:, -1], stopped)
     next_start = leads[:, 1:]
     return Sweep(

@@ -26,10 +26,8 @@ one, the upper bound that of the upper one.
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
 """
 
-import enum
 import itertools
 import time
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,76 +36,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdp.chain import recurrent_classes, stationary_law
+from mdp.direct import solve_directly
 from mdp.knots import Grid, even_and_kinks, place
 from mdp.lattice import Rules
-from mdp.policy import ThresholdTable
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
+from mdp.solution import Solution, SolveStatus, certificate
 
-__all__ = ["Solution", "SolveStatus", "certificate", "improve", "solve"]
+__all__ = ["METHODS", "Solution", "SolveStatus", "certificate", "improve", "solve"]
 
 THRESHOLD_TOLERANCE = 1e-6
 """Tokens: a threshold is right wherever CONTINUE and STOP differ by more than this."""
+
+METHODS = ("auto", "policy_iteration", "value_iteration")
 
 MAX_SWEEPS = 60
 FIRST_KNOTS = 128
 
 CELLS, MAX_ENTRIES = (255, 1023, 2047, 4095), 2**26
 """Cells of a continuous law, coarse to fine, one less than a padded size; and the most cells x knots x depths."""
-
-
-class SolveStatus(enum.Enum):
-    """How a solve ended; the value is advice for the user."""
-
-    successful = ""
-    max_steps_reached = (
-        "The bounds on the throughput or the thresholds did not close. Raise `max_knots`, or loosen `tol`; "
-        "many regimes with long rounds and nearly deterministic chains need the most knots."
-    )
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The optimal policy of a problem and what it earns.
-
-    Attributes:
-        throughput: rho*, tokens per unit time; `speedup` = throughput * V(0).
-        bounds: proven lower and upper bound on the best throughput of any policy.
-        survival_threshold: [K, Z]; CONTINUE iff survival >= threshold, inf = STOP at every survival.
-        bias: [Z] relative value of each start regime in tokens; zeros if rounds renew.
-        block_efficiency, verification_rate, discard_rate, mean_candidates: of the policy found; for a continuous
-            process, what they are in the finite problem that bounds it from below.
-        status: `successful`, or why not, with advice.
-        num_sweeps, num_knots: backward inductions done in all, and knots per depth in the last pass.
-        seconds: wall time, compilation included.
-    """
-
-    throughput: float
-    speedup: float
-    bounds: tuple[float, float]
-    survival_threshold: np.ndarray
-    bias: np.ndarray
-    block_efficiency: float
-    verification_rate: float
-    discard_rate: float
-    mean_candidates: float
-    status: SolveStatus
-    num_sweeps: int
-    num_knots: int
-    seconds: float
-
-    @property
-    def policy(self) -> ThresholdTable:
-        """The stopping rule, for `evaluate`, `simulate`, `replay` and live decoding."""
-        return ThresholdTable(self.survival_threshold)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON of `specstop solve --json`; null stands for STOP at every survival."""
-        table = [[None if np.isinf(cell) else float(cell) for cell in row] for row in self.survival_threshold]
-        names = ("block_efficiency", "verification_rate", "discard_rate", "mean_candidates")
-        return {"status": self.status.name, "throughput": self.throughput, "speedup": self.speedup,
-                "bounds": list(self.bounds), "survival_threshold": table,
-                **{name: getattr(self, name) for name in names}, "seconds": self.seconds}  # fmt: skip
 
 
 class _Result(NamedTuple):
@@ -169,7 +116,12 @@ def _inspect(problem: Arrays, grid: Grid, rate: Any, bias: Any) -> Sweep:
 
 
 def solve(
-    problem: StoppingProblem | FiniteProblem, *, tol: float = 1e-6, max_knots: int = 2**16, max_sweeps: int = MAX_SWEEPS
+    problem: StoppingProblem | FiniteProblem,
+    *,
+    tol: float = 1e-6,
+    max_knots: int = 2**16,
+    max_sweeps: int = MAX_SWEEPS,
+    method: str = "auto",
 ) -> Solution:
     """Solve a stopping problem to proven bounds of relative width `tol`.
 
@@ -178,12 +130,14 @@ def solve(
         tol: relative width of the bounds that counts as solved.
         max_knots: most knots per depth before giving up with status `max_steps_reached`.
         max_sweeps: most backward inductions in one pass.
+        method: one of `METHODS`; `auto` is the form of the policy where that is known (`mdp.direct`), else policy
+            iteration. The solution says which one it was.
 
     Returns:
         The policy, its throughput, the bounds and the status. Never raises for want of convergence.
 
     Raises:
-        ValueError: if `tol` or a limit is not positive.
+        ValueError: if `tol` or a limit is not positive, or the method is not known.
 
     Example:
         >>> from mdp.acceptance import IID
@@ -195,11 +149,16 @@ def solve(
     for name, value in (("tol", tol), ("max_knots", max_knots), ("max_sweeps", max_sweeps)):
         if not value > 0:
             raise ValueError(f"{name}: must be > 0, got {value!r}")
+    if method not in METHODS:
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {method!r:.60}")
     start = time.perf_counter()
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
+    continuous = isinstance(problem, StoppingProblem) and not problem.acceptance.finite
+    if method == "auto" and not continuous and (known := solve_directly(finite, tol=tol)) is not None:
+        return known
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
-    if isinstance(problem, StoppingProblem) and not problem.acceptance.finite:
+    if continuous:
         found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
     else:
         half = THRESHOLD_TOLERANCE / 2
@@ -218,6 +177,7 @@ def solve(
         num_sweeps=found.num_sweeps,
         num_knots=found.num_knots,
         seconds=time.perf_counter() - start,
+        method="policy_iteration" if method == "auto" else method,
     )
 
 
@@ -341,25 +301,6 @@ def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
     lower, upper = certificate(rate, low, high, finite.round_time, scale, finite.num_regimes)
     return float(lower), float(upper)
-
-
-def certificate(rate: Any, low: Any, high: Any, round_time: np.ndarray, scale: Any, num_regimes: int) -> tuple:
-    """Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
-
-    Args:
-        rate: rho, at which the round was priced.
-        low, high: under- and over-estimate of T_rho_h - h: least and greatest start, mean over starts if rounds renew.
-        round_time: [..., K + 1] k t_d + V(k).
-        scale: largest size of the bias.
-        num_regimes: Z, the terms of each sum.
-    """
-    least, greatest, depth = round_time.min(axis=-1), round_time.max(axis=-1), round_time.shape[-1] - 1
-    # Values that matter are no worse than stopping at once; those beyond lose by more than they are rounded.
-    worst = rate * round_time[..., 0]
-    rounding = 8 * np.finfo(float).eps * (depth + num_regimes) * (scale + depth + 1 + worst)
-    low, high = low - rounding, high + rounding
-    lower = np.maximum(rate + low / np.where(low >= 0, greatest, least), 0.0)
-    return lower, rate + high / np.where(high >= 0, least, greatest)
 
 
 def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
