@@ -65,7 +65,7 @@ def _kinks(
 
 
 def even_and_kinks(
-    accept_prob: np.ndarray, into: np.ndarray, threshold: np.ndarray | None, num_knots: int
+    accept_prob: np.ndarray, into: np.ndarray, threshold: np.ndarray | None, num_knots: int, reach: float = 0.9
 ) -> np.ndarray:
     """A row of knots per depth: 0, then evenly from below the least threshold to 1, on the kinks where they are known.
 
@@ -76,11 +76,12 @@ def even_and_kinks(
         into: [Y] the class of regimes each outcome belongs to.
         threshold: [K, C] thresholds of an earlier pass, None on the first.
         num_knots: knots per depth.
+        reach: where the even knots begin, as a share of the least threshold.
     """
     depth = accept_prob.shape[0]
     if threshold is None:
         return np.tile(np.linspace(0.0, 1.0, num_knots), (depth, 1))
-    lowest = 0.9 * np.minimum(threshold.min(axis=1), 1.0)
+    lowest = reach * np.minimum(threshold.min(axis=1), 1.0)
     rows = np.zeros((depth, num_knots))
     for k, bends in enumerate(_kinks(accept_prob, into, threshold, lowest, num_knots // 2)):
         even = np.linspace(lowest[k], 1.0, num_knots - 1 - len(bends))
