@@ -160,10 +160,10 @@ def solve_horizon(
 def _bounds(problem: FiniteProblem, rate: float, counts: np.ndarray, h: np.ndarray, scale: float) -> tuple[Any, Any]:
     """Least and greatest H_n for n in `counts`, from both sides of h [n, 2], widened for rounding.
 
-    Each token to go may add as much to h as rounding adds in `certificate`, for biases up to `scale`.
+    Each token to go may add as much to h as rounding adds to a value in `certificate`, for biases up to `scale`.
     """
-    terms, worst = problem.max_candidates + problem.num_regimes, rate * problem.verify_time[0]
-    rounding = 8 * np.finfo(float).eps * terms * (scale + problem.max_candidates + 1 + worst) * counts
+    steps, terms = problem.max_candidates + 1, problem.num_regimes + 16
+    rounding = np.finfo(float).eps * steps * terms * (steps + scale + rate * problem.verify_time[0]) * counts
     slow, fast = counts - h.T
     return np.maximum(fast - rounding, 0.0) / rate, (slow + rounding) / rate
 

@@ -74,8 +74,23 @@ class Solution:
                 **{name: getattr(self, name) for name in names}, "seconds": self.seconds, "method": self.method}  # fmt: skip
 
 
-def certificate(rate: Any, low: Any, high: Any, round_time: np.ndarray, scale: Any, num_regimes: int) -> tuple:
-    """Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
+def certificate(
+    rate: Any,
+    low: Any,
+    high: Any,
+    round_time: np.ndarray,
+    scale: Any,
+    num_regimes: int,
+    eps: float = float(np.finfo(np.float64).eps),
+) -> tuple:
+    r"""Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
+
+    *Rounding.* A value is a mean, over the paths of a round, of tokens and biases (at most K + 1 + scale in size) less
+    $\rho$ times the round's time; its negative part is at most that plus $\rho T(0)$, since a value that matters is no
+    less than that of stopping at once. So the parts' sizes add up to at most twice $B = K + 1 + scale + \rho T(0)$. Each
+    of K + 1 steps rounds each part, by half an `eps` relatively, once for each of the Z terms of its mean and less than
+    16 times otherwise: inputs to this precision (transition, acceptance, times, knots and their weights) and products.
+    Errors of later steps come in as means. Together they are at most $(K + 1)(Z + 16)\,\mathrm{eps}\,B$.
 
     Args:
         rate: rho, at which the round was priced.
@@ -83,11 +98,10 @@ def certificate(rate: Any, low: Any, high: Any, round_time: np.ndarray, scale: A
         round_time: [..., K + 1] k t_d + V(k).
         scale: largest size of the bias.
         num_regimes: Z, the terms of each sum.
+        eps: of the floating point in which `low` and `high` were computed.
     """
     least, greatest, depth = round_time.min(axis=-1), round_time.max(axis=-1), round_time.shape[-1] - 1
-    # Values that matter are no worse than stopping at once; those beyond lose by more than they are rounded.
-    worst = rate * round_time[..., 0]
-    rounding = 8 * np.finfo(float).eps * (depth + num_regimes) * (scale + depth + 1 + worst)
+    rounding = eps * (depth + 1) * (num_regimes + 16) * (depth + 1 + scale + rate * round_time[..., 0])
     low, high = low - rounding, high + rounding
     lower = np.maximum(rate + low / np.where(low >= 0, greatest, least), 0.0)
     return lower, rate + high / np.where(high >= 0, least, greatest)

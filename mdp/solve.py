@@ -42,6 +42,7 @@ from mdp.lattice import Rules
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.solution import Solution, SolveStatus, certificate
+from mdp.value_iteration import MAX_STEPS, iterate_values
 
 __all__ = ["METHODS", "Solution", "SolveStatus", "certificate", "improve", "solve"]
 
@@ -50,7 +51,10 @@ THRESHOLD_TOLERANCE = 1e-6
 
 METHODS = ("auto", "policy_iteration", "value_iteration")
 
+PRECISIONS = ("float64", "float32")
+
 MAX_SWEEPS = 60
+MAX_KNOTS_SINGLE = 1024  # more knots show nothing that float32 could
 FIRST_KNOTS = 128
 
 CELLS, MAX_ENTRIES = (255, 1023, 2047, 4095), 2**26
@@ -120,8 +124,9 @@ def solve(
     *,
     tol: float = 1e-6,
     max_knots: int = 2**16,
-    max_sweeps: int = MAX_SWEEPS,
+    max_sweeps: int | None = None,
     method: str = "auto",
+    precision: str = "float64",
 ) -> Solution:
     """Solve a stopping problem to proven bounds of relative width `tol`.
 
@@ -129,9 +134,11 @@ def solve(
         problem: any problem, renewal or persistent.
         tol: relative width of the bounds that counts as solved.
         max_knots: most knots per depth before giving up with status `max_steps_reached`.
-        max_sweeps: most backward inductions in one pass.
-        method: one of `METHODS`; `auto` is the form of the policy where that is known (`mdp.direct`), else policy
-            iteration. The solution says which one it was.
+        max_sweeps: most backward inductions in one pass; by default 60, or 5000 for value iteration.
+        method: `policy_iteration`; `value_iteration`, which is slower (`mdp.value_iteration`); or `auto`: by the form
+            of the policy where that is known (`mdp.direct`), else policy iteration. The solution says which it was.
+        precision: `float32` is a preview: its bounds allow for its rounding and hold, but are rarely closer than
+            1e-5, and nothing is claimed of its thresholds.
 
     Returns:
         The policy, its throughput, the bounds and the status. Never raises for want of convergence.
@@ -147,22 +154,29 @@ def solve(
         ('successful', 1.867556, 4.0)
     """
     for name, value in (("tol", tol), ("max_knots", max_knots), ("max_sweeps", max_sweeps)):
-        if not value > 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name}: must be > 0, got {value!r}")
-    if method not in METHODS:
-        raise ValueError(f"method: must be one of {', '.join(METHODS)}, got {method!r:.60}")
+    for name, value, known in (("method", method, METHODS), ("precision", precision, PRECISIONS)):
+        if value not in known:
+            raise ValueError(f"{name}: must be one of {', '.join(known)}, got {value!r:.60}")
     start = time.perf_counter()
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     continuous = isinstance(problem, StoppingProblem) and not problem.acceptance.finite
-    if method == "auto" and not continuous and (known := solve_directly(finite, tol=tol)) is not None:
-        return known
+    by_values, single = method == "value_iteration", precision == "float32"
+    if continuous and (by_values or single):
+        raise ValueError(f"{'method' if by_values else 'precision'}: {problem.acceptance.kind} is continuous, "
+                         "it is solved by policy iteration in float64 only")  # fmt: skip
+    if method == "auto" and not (continuous or single) and (direct := solve_directly(finite, tol=tol)) is not None:
+        return direct
+    if max_sweeps is None:
+        max_sweeps = MAX_STEPS if by_values else MAX_SWEEPS
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
     if continuous:
         found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
     else:
-        half = THRESHOLD_TOLERANCE / 2
-        found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps)
+        half = np.inf if single else THRESHOLD_TOLERANCE / 2
+        found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps, by_values=by_values, single=single)
         closed = found.closed
     lower, upper = found.bounds
     throughput = float(np.clip(found.rate, lower, upper) / unit)
@@ -207,11 +221,13 @@ def _close(
     max_knots: int,
     max_sweeps: int,
     like: _Found | None = None,
+    by_values: bool = False,
+    single: bool = False,
 ) -> _Found:
     """Refine knots until the bounds and the thresholds have closed.
 
     `slack_tol` and `shift_tol` are tokens: what knots, and the rate's own uncertainty, may do to a threshold. `like`
-    is the end of a similar problem, to start from.
+    is the end of a similar problem, to start from. `by_values`: improve by value iteration. `single`: in float32.
     """
     arrays, into = lump(finite)
     depth = finite.max_candidates
@@ -222,20 +238,22 @@ def _close(
         padding = np.full((len(arrays.accept_prob) - depth, len(bias)), np.inf)
         threshold = np.concatenate([np.repeat(like.threshold[:, :1], len(bias), axis=1), padding])
         rate, num_knots = like.rate, like.num_knots
-    with jax.enable_x64(True):
+    iterate = iterate_values if by_values else _iterate
+    max_knots = min(max_knots, MAX_KNOTS_SINGLE) if single else max_knots
+    with jax.enable_x64(not single):
         for attempt in itertools.count():
             first = threshold is None
             knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, num_knots)
             grid = place(arrays.accept_prob, knots)
             if improving:
-                result = jax.device_get(_iterate(arrays, grid, rate, bias, max_sweeps))
+                result = jax.device_get(iterate(arrays, grid, rate, bias, max_sweeps))
                 rate, bias, seen = result.rate, result.bias, result.sweep
                 num_sweeps += int(result.num_sweeps)
             else:
                 seen = jax.device_get(_inspect(arrays, grid, rate, bias))
                 num_sweeps += 1
             threshold, slack = seen.threshold, seen.slack[:depth][:, into].max(axis=1)
-            low, high = _bounds(finite, arrays, rate, bias, seen)
+            low, high = _bounds(finite, arrays, rate, bias, seen, np.finfo(np.float32 if single else np.float64).eps)
             lower, upper = max(lower, low), min(upper, high)
             # What the rate's own uncertainty can shift a threshold by: it prices the time between STOP and CONTINUE.
             shift = (upper - lower) * np.ptp(finite.round_time)
@@ -292,14 +310,19 @@ def _bracketed(
     return found, closed
 
 
-def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray, seen: Sweep) -> tuple[float, float]:
-    """The certificate, for the start regimes that count."""
+def _bounds(
+    finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray, seen: Sweep, eps: float
+) -> tuple[float, float]:
+    """The certificate, for the start regimes that count; what holds of any policy if the numbers ran over."""
+    if not (np.isfinite(rate) and np.isfinite(seen.lower).all() and np.isfinite(seen.upper).all()):
+        return 0.0, (finite.max_candidates + 1) / float(finite.round_time.min())
     if finite.persistent:
         starts = arrays.reachable > 0
         low, high, scale = seen.lower[starts].min(), seen.upper[starts].max(), np.abs(bias[starts]).max()
     else:
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
-    lower, upper = certificate(rate, low, high, finite.round_time, scale, finite.num_regimes)
+    rate = float(rate)
+    lower, upper = certificate(rate, low, high, finite.round_time, scale, finite.num_regimes, eps)
     return float(lower), float(upper)
 
 
