@@ -14,6 +14,7 @@ The oracle needs no tree: it stops after k candidates if and only if exactly k w
 Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ from mdp.metrics import Tally
 from mdp.policy import FixedLength, Observation, Oracle, Policy, PolicySpec
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "long_run", "round_law"]
+__all__ = ["Evaluation", "RoundLaw", "TreeTooLarge", "check_exact", "evaluate", "long_run", "round_law", "round_laws"]
 
 MAX_STATES = 5_000_000
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
@@ -150,9 +151,8 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
     Raises:
         ValueError: if the rule keeps state, needs what a problem does not show, or the tree is too large.
     """
-    starts = np.eye(problem.num_regimes) if problem.persistent else problem.initial[None, :]
     if isinstance(policy, Oracle):
-        return _oracle_law(problem, starts)
+        return _oracle_law(problem)
     name = label(policy)
     missing = needs(policy) - {"survival", "next_accept_prob", "regime", "token_accept_prob"}
     if missing:
@@ -160,15 +160,49 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
     if type(policy).end_round is not Policy.end_round:
         raise ValueError(f"policy {name!r} remembers past rounds; simulate it instead")
     state = policy.init()
-    size, depth = problem.num_regimes, problem.max_candidates
+
+    def stops(observation: Observation) -> np.ndarray:
+        new_state, answer = policy.stop(state, observation)
+        if new_state is not state:
+            raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
+        return np.asarray(answer, dtype=bool).astype(int)  # with one rule, column 1 is beyond the last
+
+    law = round_laws(problem, stops, 1, "survival" in needs(policy))
+    return RoundLaw(*(part[0] for part in law))
+
+
+def round_laws(
+    problem: FiniteProblem, first_going_on: Callable[[Observation], Any], num_rules: int, reads_survival: bool
+) -> RoundLaw:
+    """`round_law` of H rules at once, each array with a leading axis for them.
+
+    The rules are in order of patience: where one goes on, so do all behind it. Each state carries the first rule that
+    still drafts there, and what it adds is added to that rule and all behind it.
+
+    Args:
+        problem: a finite problem.
+        first_going_on: for the states observed, the first rule that continues, H if none does.
+        num_rules: H.
+        reads_survival: if not, states differ in their regime alone.
+
+    Raises:
+        TreeTooLarge: if the tree, or what is known of so many rules, does not fit.
+    """
+    starts = np.eye(problem.num_regimes) if problem.persistent else problem.initial[None, :]
+    size, depth, columns = problem.num_regimes, problem.max_candidates, num_rules + 1  # the last: beyond all rules
+    if num_rules > 1 and (columns * size * len(starts) > MAX_STATES or columns * size * MERGE >= 2.0**63):
+        raise TreeTooLarge(f"the problem is too large for {num_rules} rules at once")
     next_accept_prob = problem.next_accept_prob
     bonus = problem.bonus if problem.bonus is not None else np.zeros((size, 0))
     rejection = problem.rejection if problem.rejection is not None else np.zeros((size, 0))
-    states = _States(np.arange(size), np.ones(size) if "survival" in needs(policy) else None, starts.T, starts.T)
-    emitted, time, drafted = np.ones(len(starts)), np.zeros(len(starts)), np.zeros(len(starts))
-    next_start = np.zeros((len(starts), bonus.shape[1]))
+    survival = np.ones(size) if reads_survival else None
+    states = _States(np.arange(size), survival, np.zeros(size, dtype=int), starts.T, starts.T)
+    # What each rule adds to those before it; the rule before the first drafts nothing.
+    emitted, time, drafted = np.zeros((3, columns, len(starts)))
+    next_start = np.zeros((columns, len(starts), bonus.shape[1]))
+    emitted[0] = 1.0
     for k in range(depth + 1):
-        stops = np.ones(len(states.regime), dtype=bool)
+        first = np.full(len(states.regime), num_rules)
         if k < depth:
             observation = Observation(
                 num_candidates=k,
@@ -177,77 +211,84 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
                 regime=states.regime,
                 token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
             )
-            new_state, answer = policy.stop(state, observation)
-            if new_state is not state:
-                raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
-            stops = np.broadcast_to(np.asarray(answer, dtype=bool), stops.shape)
-        time += problem.verify_time[k] * states.mass[stops].sum(axis=0)
-        next_start += states.alive[stops].T @ bonus[states.regime[stops]]
-        states = states.select(~stops)
+            first = np.maximum(first_going_on(observation), states.first)
+        stops = first > states.first  # under the rules from states.first up to first
+        ended, onward = states.select(stops), first[stops]
+        for rule, sign in ((ended.first, 1.0), (onward, -1.0)):
+            np.add.at(time, rule, sign * problem.verify_time[k] * ended.mass)
+            if problem.persistent:
+                next_start += sign * (ended.by_regime(rule, columns, size) @ bonus)
+        states = states._replace(first=first).select(first < num_rules)
         if len(states.regime) == 0:
             break
-        going_on = states.mass.sum(axis=0)
-        time += problem.draft_time * going_on
-        drafted += going_on
+        np.add.at(drafted, states.first, states.mass)
         accept = problem.accept_prob[k]
         # one candidate each: its regime, whether it is accepted, and where a first rejection leads
-        into = _flow(problem, states)
+        into = states.by_regime(states.first, columns, size) @ problem.transition
         emitted += into @ accept
         next_start += (into * (1.0 - accept)) @ rejection
         states = _branch(problem.transition, accept, states)
-    return RoundLaw(emitted, time, drafted, next_start)
+    time += problem.draft_time * drafted
+    return RoundLaw(*(np.cumsum(part, axis=0)[:-1] for part in (emitted, time, drafted, next_start)))
+
+
+class TreeTooLarge(ValueError):
+    """The merged tree has too many states for exact evaluation."""
 
 
 class _States(NamedTuple):
-    """Rounds that are still drafting, [n] states of a regime and a survival (None if the rule does not read it).
+    """Rounds that are still drafting, [n] states of a regime and a survival (None if the rules do not read it).
 
-    `mass` [n, B] is their probability under each start law, `alive` that of no candidate being rejected so far.
+    `first` [n] is the first rule that drafts there; `mass` [n, B] the states' probability under each start law and
+    that rule, `alive` that of no candidate being rejected so far.
     """
 
     regime: np.ndarray
     survival: np.ndarray | None
+    first: np.ndarray
     mass: np.ndarray
     alive: np.ndarray
 
     def select(self, kept: np.ndarray) -> "_States":
-        survival = None if self.survival is None else self.survival[kept]
-        return _States(self.regime[kept], survival, self.mass[kept], self.alive[kept])
+        return _States(*(None if part is None else part[kept] for part in self))  # type: ignore[arg-type]
 
-
-def _flow(problem: FiniteProblem, states: _States) -> np.ndarray:
-    """Probability [B, Z] that nothing is rejected so far and the next candidate falls in each regime."""
-    by_regime = np.zeros((problem.num_regimes, states.alive.shape[1]))
-    np.add.at(by_regime, states.regime, states.alive)
-    return by_regime.T @ problem.transition
+    def by_regime(self, rule: np.ndarray, columns: int, size: int) -> np.ndarray:
+        """Probability [columns, B, Z] of each regime with nothing rejected so far."""
+        out = np.zeros((columns * size, self.alive.shape[1]))
+        np.add.at(out, rule * size + self.regime, self.alive)
+        return out.reshape(columns, size, -1).transpose(0, 2, 1)
 
 
 def _branch(transition: np.ndarray, accept: np.ndarray, states: _States) -> _States:
-    """Every state's children, merged where they agree in all that the rule reads."""
+    """Every state's children, merged where they agree in all that the rules read."""
     size = len(transition)
-    if states.survival is None:
+    if states.survival is None:  # rules that see no survival agree on every state of a depth
         mass, alive = (transition[states.regime].T @ part for part in (states.mass, states.alive))
-        return _States(np.arange(size), None, mass, alive * accept[:, None])
+        first = np.full(size, states.first[0])
+        return _States(np.arange(size), None, first, mass, alive * accept[:, None])
     possible = transition > 0
     degree = possible.sum(axis=1)[states.regime]
     total = int(degree.sum())
     if total * states.mass.shape[1] > MAX_STATES:
-        raise ValueError(
+        raise TreeTooLarge(
             f"the problem is too large for exact evaluation ({total} states at one depth); simulate it instead"
         )
     parent = np.repeat(np.arange(len(degree)), degree)
     child = np.concatenate([np.flatnonzero(row) for row in possible[states.regime]]) if total else parent
     survival = states.survival[parent] * accept[child]
-    key = np.rint(survival * MERGE).astype(np.int64) * size + child
-    _, first, group = np.unique(key, return_index=True, return_inverse=True)
+    rules = int(states.first.max(initial=0)) + 1
+    key = (np.rint(survival * MERGE).astype(np.int64) * size + child) * rules + states.first[parent]
+    _, kept, group = np.unique(key, return_index=True, return_inverse=True)
     weight = transition[states.regime[parent], child][:, None]
-    mass, alive = np.zeros((2, len(first), states.mass.shape[1]))
+    mass, alive = np.zeros((2, len(kept), states.mass.shape[1]))
     np.add.at(mass, group, states.mass[parent] * weight)
     np.add.at(alive, group, states.alive[parent] * weight * accept[child][:, None])
-    return _States(child[first], survival[first], mass, alive)
+    return _States(child[kept], survival[kept], states.first[parent][kept], mass, alive)
 
 
-def _oracle_law(problem: FiniteProblem, starts: np.ndarray) -> RoundLaw:
+def _oracle_law(problem: FiniteProblem) -> RoundLaw:
     """Stop after k iff exactly k candidates would be accepted, or k is the most there can be."""
+    starts = np.eye(problem.num_regimes) if problem.persistent else problem.initial[None, :]
     depth = problem.max_candidates
     bonus = problem.bonus if problem.bonus is not None else np.zeros((problem.num_regimes, 0))
     emitted, time, drafted = np.ones(len(starts)), np.zeros(len(starts)), np.zeros(len(starts))
