@@ -119,6 +119,14 @@ def build_parser() -> Parser:
     solve = verb("solve", "optimal policy with bounds that enclose its throughput", "One line a file, in order.")
     solve.add_argument("problems", metavar="PROBLEM.json", nargs="+", help="problem files; see `specstop schema`")
     precision(solve)
+    solve.add_argument(
+        "--method", choices=("auto", "policy_iteration", "value_iteration"), default="auto",
+        help="default auto; value iteration is slower, with the same bounds",
+    )  # fmt: skip
+    solve.add_argument(
+        "--num-tokens", metavar="N", type=whole_number(1, 10**6),
+        help="also the least expected time until N tokens are out",
+    )  # fmt: skip
 
     evaluate = verb("evaluate", "exact value of policies", "No sampling; `gap` is against the optimum's bounds.")
     problem(evaluate)

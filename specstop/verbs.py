@@ -38,25 +38,44 @@ DECODE_COLUMNS = (
 def solve(args: Namespace) -> int:
     """Optimal policy and bounds, one result a file, in order."""
     problems = inputs.read_problems(args.problems)
+    option = "--num-tokens" if args.num_tokens else "--method" if args.method == "value_iteration" else ""
+    for path, problem in zip(args.problems, problems, strict=True):
+        if option and not problem.acceptance.finite:
+            raise ValueError(f"{path}: {option} needs a finite process, {problem.acceptance.kind} is continuous")
     code = DONE
     for path, problem in zip(args.problems, problems, strict=True):
         solution = _solve(problem, args)
         result = solution.to_dict()
-        emit(json_line(result) if args.json else _solution_text(path, result, str(solution.status.value)))
-        if result["status"] != "successful":
+        done = [solution]
+        if args.num_tokens:
+            from mdp.horizon import solve_horizon
+
+            done.append(solve_horizon(problem, args.num_tokens, tol=args.tol))
+            result["horizon"] = done[-1].to_dict()
+        advice = next((str(part.status.value) for part in done if part.status.value), "")
+        emit(json_line(result) if args.json else _solution_text(path, result, advice))
+        if advice:
             code = NOT_CONVERGED
     return code
 
 
 def _solve(problem: Any, args: Namespace) -> Any:
+    tol, method = getattr(args, "tol", 1e-6), getattr(args, "method", "auto")
+    if method == "auto" and problem.acceptance.finite:
+        from mdp.direct import solve_directly
+
+        if (known := solve_directly(problem.lower(), tol=tol)) is not None:
+            return known  # without jax, whose import takes longer than all of this
+
     from mdp.solve import solve
 
     limits = {"max_knots": args.max_knots} if getattr(args, "max_knots", None) else {}
-    return solve(problem, tol=getattr(args, "tol", 1e-6), **limits)
+    return solve(problem, tol=tol, method=method, **limits)
 
 
 def _solution_text(path: str, result: Mapping[str, Any], advice: str) -> str:
-    scalars = {key: value for key, value in result.items() if key != "survival_threshold"}
+    scalars = {key: value for key, value in result.items() if key not in ("survival_threshold", "horizon")}
+    scalars |= {f"horizon {key}": value for key, value in result.get("horizon", {}).items()}
     rows = [
         {"k": k} | {f"regime {z}": "stop" if cell is None else cell for z, cell in enumerate(row)}
         for k, row in enumerate(result["survival_threshold"])
