@@ -8,18 +8,18 @@ that this stops in are never left: for every transition $z \to z'$ and every $k$
 
 $$c_{k+1} > 0, \qquad a_{k+1}(z')\, \bar a_{k+1}(z')\, c_k \le \bar a_k(z)\, c_{k+1}.$$
 
-Then $S \bar a_k(z) < \rho c_k$ implies $S a_{k+1}(z') \bar a_{k+1}(z') < \rho c_{k+1}$: behind a loss lie only losses, and
-a candidate that costs more than it brings cannot pay for itself later. Where $V$ is convex, $c_k$ is non-decreasing and
-$a(z') \bar a(z') \le \bar a(z)$ suffices; acceptances and times that depend on the place enter as they are.
+Then $S \bar a_k(z) < \rho c_k$ implies $S a_{k+1}(z') \bar a_{k+1}(z') < \rho c_{k+1}$: behind a loss lie only
+losses, and a candidate that costs more than it brings cannot pay for itself later. Where $V$ is convex, $c_k$ is
+non-decreasing and $a(z') \bar a(z') \le \bar a(z)$ suffices; what depends on the place enters as it is.
 
 *Fixed length* (theory, F5). If acceptance does not depend on the regime, survival is known beforehand. With
 $G_{kj} = \sum_{i=k+1}^{j} \prod_{l=k+1}^{i} a_l$, going on from k to j earns $S G_{kj} - \rho (T(j) - T(k))$, so
 CONTINUE iff $S \ge \min_{j > k} \rho (T(j) - T(k)) / G_{kj}$: any times, and any coupling, since starts differ in
 nothing.
 
-Either rule maximises $E[\text{emitted}] - \rho E[\text{time}]$, known exactly from the merged tree (`mdp.evaluate`), so
-Dinkelbach's $\rho \leftarrow E[\text{emitted}] / E[\text{time}]$ finds $\rho^*$ and the certificate's two sides agree but
-for rounding. NumPy only: where this works nothing is compiled.
+Either rule maximises $E[\text{emitted}] - \rho E[\text{time}]$, known exactly from the merged tree (`mdp.evaluate`),
+so Dinkelbach's $\rho \leftarrow E[\text{emitted}] / E[\text{time}]$ finds $\rho^*$ and the certificate's two sides
+agree but for rounding. NumPy only: where this works nothing is compiled.
 """
 
 import math
@@ -41,6 +41,9 @@ MAX_STATES = 50_000
 
 MAX_STEPS = 60
 
+SAME = 1e-13
+"""Differences of times that should be equal differ by so much, relatively."""
+
 
 def is_monotone(problem: FiniteProblem) -> bool:
     """Whether one-step look-ahead is optimal by the condition above; sufficient, not necessary."""
@@ -49,7 +52,7 @@ def is_monotone(problem: FiniteProblem) -> bool:
     added, ahead = np.diff(problem.round_time), problem.next_accept_prob
     possible = problem.transition > 0
     for k in np.flatnonzero(added[:-1] > 0):
-        behind = problem.accept_prob[k] * ahead[k + 1] * added[k]
+        behind = problem.accept_prob[k] * ahead[k + 1] * added[k] * (1.0 - SAME)
         if added[k + 1] <= 0 or (possible & (behind > (ahead[k] * added[k + 1])[:, None])).any():
             return False
     return True
@@ -70,8 +73,8 @@ def solve_directly(problem: FiniteProblem, *, tol: float = 1e-6) -> Solution | N
         return None
     rate, (emitted, spent, drafted), threshold, num_steps = found
     value = emitted - rate * spent
-    # What treating two survivals as one, or as tied with the threshold, may cost at each of K decisions.
-    ties = depth * (TIE + depth / MERGE)
+    # What treating two survivals as one, as tied with the threshold, or two prices as one may cost at K decisions.
+    ties = depth * (TIE + depth / MERGE + depth * SAME)
     lower, upper = (float(bound) for bound in certificate(rate, value, value + ties, problem.round_time, 0.0, size))
     if upper - lower > tol * lower:
         return None
@@ -127,8 +130,7 @@ def _fixed_length(problem: FiniteProblem, rate: float) -> Float[np.ndarray, "K 1
 def _crossing(price: np.ndarray, slope: np.ndarray) -> np.ndarray:
     """Least survival S <= 1 with S * slope >= price, inf if there is none; slope >= 0."""
     price, slope = np.broadcast_arrays(np.maximum(price, 0.0), slope)
-    found = np.divide(price, slope, out=np.where(price > 0, np.inf, 0.0), where=slope > 0)
-    return np.where(found <= 1.0, found, np.inf)
+    return np.divide(price, slope, out=np.where(price > 0, np.inf, 0.0), where=(slope >= price) & (slope > 0))
 
 
 def _one_regime(problem: FiniteProblem) -> FiniteProblem:

@@ -1,9 +1,9 @@
 """A whole family of rules in one pass: the frontier of verification rate against discard rate, exactly.
 
 Thresholds of a family are ordered by patience: where one goes on, so do all larger ones. So the merged tree of
-`mdp.evaluate` is walked once, as far as the most patient rule goes, each state marked with the least threshold that gets
-there; what a state adds is added to that threshold and, by one cumulative sum at the end, to all larger ones. A thousand
-thresholds cost little more than one.
+`mdp.evaluate` is walked once, as far as the most patient rule goes, each state marked with the least threshold that
+gets there; what a state adds is added to that threshold and, by one cumulative sum at the end, to all larger ones. Of
+renewal rounds a thousand thresholds cost little more than one; persistent ones also need a stationary law each.
 """
 
 from collections.abc import Callable, Sequence

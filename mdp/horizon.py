@@ -53,7 +53,7 @@ class HorizonSolution:
         expected_time: [N + 1] from a start under `initial`: what the policy found takes.
         bounds: [N + 1, 2] proven, for the least time of any policy.
         expected_time_from: [N + 1, Z] the same per start regime.
-        survival_threshold: [N + 1, K, Z]; with n to go CONTINUE iff survival >= threshold, inf = STOP at every survival.
+        survival_threshold: [N + 1, K, Z]; with n to go CONTINUE iff survival >= threshold, inf = never.
         long_run: the solution for throughput; n / expected_time tends to its throughput.
         status: `successful` if the bounds are relatively closer than `tol` at every n.
         num_knots: per depth, in the last pass.

@@ -71,7 +71,8 @@ class Solution:
         names = ("block_efficiency", "verification_rate", "discard_rate", "mean_candidates")
         return {"status": self.status.name, "throughput": self.throughput, "speedup": self.speedup,
                 "bounds": list(self.bounds), "survival_threshold": table,
-                **{name: getattr(self, name) for name in names}, "seconds": self.seconds, "method": self.method}  # fmt: skip
+                **{name: getattr(self, name) for name in names},
+                "seconds": self.seconds, "method": self.method}  # fmt: skip
 
 
 def certificate(
@@ -86,11 +87,11 @@ def certificate(
     r"""Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
 
     *Rounding.* A value is a mean, over the paths of a round, of tokens and biases (at most K + 1 + scale in size) less
-    $\rho$ times the round's time; its negative part is at most that plus $\rho T(0)$, since a value that matters is no
-    less than that of stopping at once. So the parts' sizes add up to at most twice $B = K + 1 + scale + \rho T(0)$. Each
-    of K + 1 steps rounds each part, by half an `eps` relatively, once for each of the Z terms of its mean and less than
-    16 times otherwise: inputs to this precision (transition, acceptance, times, knots and their weights) and products.
-    Errors of later steps come in as means. Together they are at most $(K + 1)(Z + 16)\,\mathrm{eps}\,B$.
+    $\rho$ times the round's time; that time's share is at most as much plus $\rho T(0)$, since a value that matters is
+    no less than that of stopping at once. So the parts' sizes add up to at most twice $B = K + 1 + scale + \rho T(0)$.
+    Each of K + 1 steps rounds each part, by half an `eps` relatively, once for each of the Z terms of its mean and less
+    than 16 times otherwise: inputs to this precision (transition, acceptance, times, knots and their weights) and
+    products. Errors of later steps come in as means. Together they are at most $(K + 1)(Z + 16)\,\mathrm{eps}\,B$.
 
     Args:
         rate: rho, at which the round was priced.

@@ -176,7 +176,9 @@ def solve(
         found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
     else:
         half = np.inf if single else THRESHOLD_TOLERANCE / 2
-        found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps, by_values=by_values, single=single)
+        found = _close(
+            _in_units(finite, unit), tol, half, half, max_knots, max_sweeps, by_values=by_values, single=single
+        )
         closed = found.closed
     lower, upper = found.bounds
     throughput = float(np.clip(found.rate, lower, upper) / unit)

@@ -1,11 +1,12 @@
 r"""Value iteration: the plain method, for comparison and for readers of the MDP as the paper states it.
 
-States are (k, z, S) with S on the knots of `mdp.knots`. One step is one backward sweep over all of them at the present
-rate $\rho$ and values of the round starts $h$, interpolated linearly in S. With $D = \hat T_{\rho h} - h$ over the start
-regimes that count (renewal: its mean under `initial`, and h stays 0),
+States are (k, z, S) with S on the knots of `mdp.knots`. One step is one backward sweep over all of them at the
+present rate $\rho$ and values of the round starts $h$, interpolated linearly in S. With $D = \hat T_{\rho h} - h$ over
+the start regimes that count (renewal: its mean under `initial`, and h stays 0),
 
-$$h \leftarrow h + \tfrac12 (D - D(z_{ref})), \qquad
-  \rho \leftarrow \rho + \min D / T_{max} \text{ if } \min D > 0, \quad \rho + \max D / T_{max} \text{ if } \max D < 0.$$
+$$h \leftarrow h + \tfrac12 (D - D(z_{ref})), \qquad \rho \leftarrow \rho + d / T_{max},$$
+
+d being $\min D$ if that is positive, $\max D$ if that is negative, else 0.
 
 The half keeps starts that take turns from going round for ever. $\rho$ moves to a bound on $\rho^*$ (`mdp.solution`),
 so it never overshoots. No linear system and no policy is evaluated; in return the error falls by a constant factor
