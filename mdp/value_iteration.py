@@ -14,7 +14,6 @@ a step, close to 1 where long rounds are possible but rare or regimes hardly eve
 it. The bounds are the same certificate's, converged or not.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -40,8 +39,8 @@ class Iterate(NamedTuple):
     num_sweeps: Any
 
 
-@partial(jax.jit, static_argnames="max_sweeps")
-def iterate_values(problem: Arrays, grid: Grid, rate: Any, bias: Any, max_sweeps: int) -> Iterate:
+@jax.jit
+def iterate_values(problem: Arrays, grid: Grid, rate: Any, bias: Any, max_sweeps: Any) -> Iterate:
     """Value iteration from a rate and bias until the rate is known to `PRECISION`, or `max_sweeps`."""
     depths = jnp.arange(problem.verify_time.shape[0])
     round_time = depths * problem.draft_time + problem.verify_time
