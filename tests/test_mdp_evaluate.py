@@ -286,11 +286,11 @@ def test_every_way_to_name_a_rule_is_the_same_rule():
 # --- The laws above are seen to fail
 
 MUTANTS = {
-    "V(k) is off by one": ("problem.verify_time[k] * states", "problem.verify_time[k - 1] * states"),
+    "V(k) is off by one": ("problem.verify_time[k] * ended", "problem.verify_time[k - 1] * ended"),
     "survival is reset by each candidate": ("states.survival[parent] * accept[child]", "accept[child]"),
     "the rejected candidate's survival is kept": ("(into * (1.0 - accept))", "into"),
-    "the bonus leads where a rejection would": ("@ bonus[states.regime[stops]]", "@ rejection[states.regime[stops]]"),
-    "a step behind a stop is paid": ("going_on = states.mass.sum(axis=0)", "going_on = starts.sum(axis=1)"),
+    "the bonus leads where a rejection would": ("size) @ bonus", "size) @ rejection"),
+    "steps behind an unseen rejection are free": ("states.first, states.mass)", "states.first, states.alive)"),
     "merged states lose mass": ("np.add.at(mass, group, ", "mass.__setitem__(group, "),
     "the oracle forgets its drafts": ("time += (k * problem.draft_time + ", "time += (0 * k + "),
 }  # fmt: skip
