@@ -12,13 +12,12 @@ smooth and the error falls with the square of the spacing.
 known exactly. Renewal: $\rho \leftarrow \bar e / \bar T$ (Dinkelbach). Persistent: solve $e - \rho T + M h = h$
 (Howard's policy iteration).
 
-*Certificate.* With $\hat\delta = \max_z (\hat T_{\rho h} - h)$ from interpolation and
-$\check\delta = \min_z (\check T_{\rho h} - h)$ from rules, over reachable start regimes (renewal: means under
-`initial`), and $T_{min}, T_{max}$ the least and greatest round times, whatever $\rho$ and $h$:
-$\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge \rho + \check\delta / T_{min}$
-($/ T_{max}$ if positive), widened for rounding. The loop ends `successful` only if these bounds are closer than `tol`
-and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half for $\rho$; the bias
-is taken as it is).
+*Other ways.* Where the form of the policy is known, thresholds alone will do (`mdp.direct`); `value_iteration` replaces
+the outer loop (`mdp.value_iteration`).
+
+*Certificate* (`mdp.solution`), whatever $\rho$ and $h$ the loop ends with. It ends `successful` only if these bounds
+are closer than `tol` and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half
+for $\rho$; the bias is taken as it is).
 
 *Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
 one, the upper bound that of the upper one.
@@ -137,8 +136,8 @@ def solve(
         max_sweeps: most backward inductions in one pass; by default 60, or 5000 for value iteration.
         method: `policy_iteration`; `value_iteration`, which is slower (`mdp.value_iteration`); or `auto`: by the form
             of the policy where that is known (`mdp.direct`), else policy iteration. The solution says which it was.
-        precision: `float32` is a preview: its bounds allow for its rounding and hold, but are rarely closer than
-            1e-5, and nothing is claimed of its thresholds.
+        precision: `float32` is a preview: its bounds allow for its rounding and hold, but are seldom closer than
+            1e-4, and nothing is claimed of its thresholds.
 
     Returns:
         The policy, its throughput, the bounds and the status. Never raises for want of convergence.
@@ -161,11 +160,11 @@ def solve(
             raise ValueError(f"{name}: must be one of {', '.join(known)}, got {value!r:.60}")
     start = time.perf_counter()
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
-    continuous = isinstance(problem, StoppingProblem) and not problem.acceptance.finite
+    continuous = problem if isinstance(problem, StoppingProblem) and not problem.acceptance.finite else None
     by_values, single = method == "value_iteration", precision == "float32"
     if continuous and (by_values or single):
-        raise ValueError(f"{'method' if by_values else 'precision'}: {problem.acceptance.kind} is continuous, "
-                         "it is solved by policy iteration in float64 only")  # fmt: skip
+        option, kind = "method" if by_values else "precision", continuous.acceptance.kind
+        raise ValueError(f"{option}: {kind} is continuous, it is solved by policy iteration in float64 only")
     if method == "auto" and not (continuous or single) and (direct := solve_directly(finite, tol=tol)) is not None:
         return direct
     if max_sweeps is None:
@@ -173,7 +172,7 @@ def solve(
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
     if continuous:
-        found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
+        found, closed = _bracketed(continuous, unit, tol, max_knots, max_sweeps)
     else:
         half = np.inf if single else THRESHOLD_TOLERANCE / 2
         found = _close(
@@ -242,6 +241,7 @@ def _close(
         rate, num_knots = like.rate, like.num_knots
     iterate = iterate_values if by_values else _iterate
     max_knots = min(max_knots, MAX_KNOTS_SINGLE) if single else max_knots
+    eps = float(np.finfo(np.float32 if single else np.float64).eps)
     with jax.enable_x64(not single):
         for attempt in itertools.count():
             first = threshold is None
@@ -255,7 +255,7 @@ def _close(
                 seen = jax.device_get(_inspect(arrays, grid, rate, bias))
                 num_sweeps += 1
             threshold, slack = seen.threshold, seen.slack[:depth][:, into].max(axis=1)
-            low, high = _bounds(finite, arrays, rate, bias, seen, np.finfo(np.float32 if single else np.float64).eps)
+            low, high = _bounds(finite, arrays, rate, bias, seen, eps)
             lower, upper = max(lower, low), min(upper, high)
             # What the rate's own uncertainty can shift a threshold by: it prices the time between STOP and CONTINUE.
             shift = (upper - lower) * np.ptp(finite.round_time)

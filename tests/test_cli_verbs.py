@@ -15,7 +15,7 @@ from specstop.output import emit, json_line, jsonable, table
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 SOLVE_KEYS = {"status", "throughput", "speedup", "bounds", "survival_threshold", "block_efficiency",
-              "verification_rate", "discard_rate", "mean_candidates", "seconds"}  # fmt: skip
+              "verification_rate", "discard_rate", "mean_candidates", "seconds", "method"}  # fmt: skip
 EVALUATE_KEYS = {"policy", "throughput", "speedup", "block_efficiency", "verification_rate", "discard_rate",
                  "mean_candidates", "gap"}  # fmt: skip
 SIMULATE_KEYS = {"policy", "throughput", "throughput_se", "speedup", "block_efficiency", "verification_rate",
@@ -74,6 +74,41 @@ def test_solve_that_does_not_converge_prints_what_it_has_and_exits_3(lines, text
     assert answer["bounds"][0] <= answer["throughput"] <= answer["bounds"][1]
     assert "not converged: " in text("solve", PROBLEM, "--tol", "1e-15", "--max-knots", "1", code=3)
     assert len(lines("evaluate", PROBLEM, "--policy", "fixed:1", "--tol", "1e-15", "--max-knots", "1", code=3)) == 1
+
+
+def test_solve_says_how_and_takes_another_way(lines, text, tmp_path):
+    iid = json.loads(PROBLEM.read_text()) | {"acceptance": {"kind": "iid", "accept_prob": 0.8}}
+    (tmp_path / "iid.json").write_text(json.dumps(iid))
+    first, second = lines("solve", PROBLEM, tmp_path / "iid.json")
+    assert (first["method"], second["method"]) == ("policy_iteration", "fixed_length")
+    again = lines("solve", PROBLEM, tmp_path / "iid.json", "--method", "value_iteration")
+    for ours, theirs in zip((first, second), again, strict=True):
+        assert theirs["method"] == "value_iteration"
+        assert ours["throughput"] == pytest.approx(theirs["throughput"], rel=1e-6)
+    assert "fixed_length" in text("solve", tmp_path / "iid.json")
+
+
+def test_solve_tells_the_time_until_so_many_tokens_are_out(lines, text):
+    (answer,) = lines("solve", PROBLEM, "--num-tokens", "50")
+    horizon = answer["horizon"]
+    assert set(answer) == SOLVE_KEYS | {"horizon"} and horizon["num_tokens"] == 50
+    assert horizon["bounds"][0] <= horizon["expected_time"] <= horizon["bounds"][1]
+    assert horizon["throughput"] * horizon["expected_time"] == pytest.approx(50)
+    assert answer["throughput"] * 0.95 < horizon["throughput"] < answer["throughput"]
+    assert "horizon expected_time" in text("solve", PROBLEM, "--num-tokens", "50")
+    (open_one,) = lines("solve", PROBLEM, "--num-tokens", "5", "--tol", "1e-15", "--max-knots", "1", code=3)
+    assert open_one["horizon"]["status"] == "max_steps_reached"
+
+
+def test_what_a_continuous_process_cannot_have_is_refused_before_any_work(capsys, tmp_path):
+    beta = {"kind": "beta_mixture", "mean": 0.7, "concentration": 3.0}
+    (tmp_path / "beta.json").write_text(json.dumps(json.loads(PROBLEM.read_text()) | {"acceptance": beta}))
+    for option in (["--num-tokens", "5"], ["--method", "value_iteration"]):
+        capsys.readouterr()
+        assert main(["solve", str(PROBLEM), str(tmp_path / "beta.json"), *option]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and f"beta.json: {option[0]} needs a finite process, beta_mixture is continuous" in err
+        assert err.count("\n") == 1
 
 
 def test_evaluate_answers_one_line_a_policy_as_typed(lines, tmp_path):

@@ -1,5 +1,6 @@
 """Laws that every optimum keeps: F1's inequalities, closed forms, scaling, monotone costs, where a run starts."""
 
+import itertools
 import math
 
 import numpy as np
@@ -78,6 +79,34 @@ def test_one_regime_is_the_closed_form_however_it_is_written(alpha, cost):
     ]
     for problem in same:
         assert solve(problem).throughput == pytest.approx(best, rel=CLOSE)
+
+
+@given(problems("renewal", costs=affine_costs()))
+def test_starts_that_forget_how_the_round_ended_renew(problem):
+    """Zero persistence: whatever happened, the next start is drawn from `initial`."""
+    afresh = np.tile(problem.acceptance.initial, (problem.acceptance.num_regimes, 1))
+    joined = StoppingProblem(problem.acceptance, problem.cost, problem.max_candidates, Persistent(afresh, afresh))
+    renewal, persistent_ = (solve(each, method="policy_iteration") for each in (problem, joined))
+    assert persistent_.throughput == pytest.approx(renewal.throughput, rel=CLOSE)
+    # The bias behind a round is the same wherever it ended, so it decides nothing.
+    check_thresholds(problem, persistent_, oracle(problem), offsets=OFFSETS[::3])
+
+
+@given(problems("renewal", shapes=((2, 3), (3, 6))))
+def test_one_candidate_is_worth_it_or_not_in_each_regime(problem):
+    """K = 1 in closed form: the rate at which the best of both, regime by regime, is worth nothing on average."""
+    first, second = (float(time) for time in problem.cost.verify_time[:2])
+    draft_time, chain = problem.cost.draft_time, problem.acceptance
+    short = StoppingProblem(chain, Table(draft_time, [first, second]), 1)
+    ahead = chain.transition @ chain.accept_prob
+    best = max(
+        (chain.initial @ (1 + drafts * ahead)) / (chain.initial @ (first + drafts * (draft_time + second - first)))
+        for drafts in itertools.product((0, 1), repeat=len(ahead))
+        for drafts in [np.array(drafts)]
+    )
+    assert solve(short).method in ("fixed_length", "one_step_lookahead")
+    for method in ("auto", "policy_iteration"):
+        assert solve(short, method=method).throughput == pytest.approx(best, rel=CLOSE)
 
 
 def test_the_paper_pairs_have_their_published_thresholds():

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mdp", "simulate", "realmodels", "specstop")
 LINT = Path(sys.executable).with_name("lint-imports")
 
-SOLVERS = ("mdp.lattice", "mdp.many", "mdp.price", "mdp.solve", "mdp.tabular")
+SOLVERS = (
+    "mdp.horizon", "mdp.lattice", "mdp.many", "mdp.price", "mdp.solve", "mdp.tabular", "mdp.value_iteration",
+)  # fmt: skip
 
 VIOLATIONS = {
     "torch in mdp": ("mdp/metrics.py", "import torch", "torch and transformers stay out"),
