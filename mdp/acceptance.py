@@ -21,6 +21,7 @@ __all__ = [
     "BetaMixture",
     "FiniteChain",
     "MarkovModulated",
+    "Observed",
     "Position",
     "StartLaws",
     "TokenPair",
@@ -32,6 +33,7 @@ __all__ = [
 ROW_SUM_TOLERANCE = 1e-8
 MAX_REGIMES = 4096
 MAX_VOCABULARY = 32
+MAX_HIDDEN, MAX_SYMBOLS = 64, 1024
 CONCENTRATIONS = (1e-6, 1e9)
 
 
@@ -193,6 +195,57 @@ class MarkovModulated(AcceptanceProcess):
 
     def lower(self, max_candidates: int) -> FiniteChain:
         return FiniteChain(self.transition, np.tile(self.accept_prob, (max_candidates, 1)), self.initial)
+
+
+@dataclass(frozen=True)
+class Observed(AcceptanceProcess):
+    r"""Hidden regimes: those of `MarkovModulated`, but the stopper sees a symbol $o_k \sim O(z_k, \cdot)$ instead of $z_k$.
+
+    The symbol of candidate k is seen once it is drafted, and is independent of its acceptance given the regime. Rounds
+    renew. What the stopper can know is in `mdp.belief`; only a `fixed` length and the `oracle` do without it, and to
+    those the chain of regimes is all there is (`unseen`).
+
+    Args:
+        observation: row-stochastic [Z, O], the law of the symbol in each regime.
+    """
+
+    transition: np.ndarray = field(hash=False)
+    accept_prob: np.ndarray = field(hash=False)
+    initial: np.ndarray = field(hash=False)
+    observation: np.ndarray = field(hash=False)
+    kind = "observed"
+    finite = False
+
+    def __post_init__(self) -> None:
+        chain = MarkovModulated(self.transition, self.accept_prob, self.initial)
+        size = chain.num_regimes
+        if size > MAX_HIDDEN:
+            raise ValueError(f"acceptance.accept_prob: at most {MAX_HIDDEN} hidden regimes, got {size}")
+        observation = distribution("acceptance.observation", self.observation, 2)
+        if len(observation) != size:
+            raise ValueError(f"acceptance.observation: must have {size} rows (regimes), got {len(observation)}")
+        if observation.shape[1] > MAX_SYMBOLS:
+            raise ValueError(f"acceptance.observation: at most {MAX_SYMBOLS} symbols, got {observation.shape[1]}")
+        for name in ("transition", "accept_prob", "initial"):
+            object.__setattr__(self, name, getattr(chain, name))
+        object.__setattr__(self, "observation", observation)
+
+    @property
+    def num_symbols(self) -> int:
+        """How many symbols the stopper can tell apart."""
+        return self.observation.shape[1]
+
+    @property
+    def visible(self) -> MarkovModulated:
+        """The same regimes, seen: worth at least as much to a stopper."""
+        return MarkovModulated(self.transition, self.accept_prob, self.initial)
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        raise ValueError("acceptance: observed hides its regimes, no chain that shows them equals it")
+
+    def unseen(self, max_candidates: int) -> FiniteChain:
+        """The chain for rules that do not look."""
+        return self.visible.lower(max_candidates)
 
 
 def square(name: str, value: object, size: int) -> np.ndarray:

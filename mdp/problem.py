@@ -28,6 +28,7 @@ from mdp.acceptance import (
     BetaMixture,
     FiniteChain,
     MarkovModulated,
+    Observed,
     Position,
     StartLaws,
     TokenPair,
@@ -120,7 +121,7 @@ class StoppingProblem:
         """The arrays solvers work on; checked and cached.
 
         Raises:
-            ValueError: if the process is continuous (`acceptance.finite` is false): then `bracket` it.
+            ValueError: if no finite chain equals the process (`acceptance.finite` is false): then `bracket` it.
         """
         return self._lowered
 
@@ -133,7 +134,7 @@ class StoppingProblem:
 
     def unseen(self) -> FiniteProblem:
         """The problem as `fixed` and `oracle` meet it, which look at no regime: continuous acceptances averaged."""
-        if isinstance(self.acceptance, BetaMixture):
+        if isinstance(self.acceptance, (BetaMixture, Observed)):
             return self._checked(self.acceptance.unseen(int(self.max_candidates)))
         return self.lower()
 
@@ -173,6 +174,11 @@ class StoppingProblem:
             return own
         if own is not None:
             raise ValueError(f"coupling: {self.acceptance.kind} brings its own, leave it out")
+        if isinstance(self.acceptance, Observed):
+            raise ValueError(
+                "coupling.kind: observed rounds renew; persistent ones would carry a belief about the next start "
+                "from round to round, which no solver here does"
+            )
         if not isinstance(self.acceptance, MarkovModulated):
             raise ValueError(f"coupling.kind: persistent needs markov_modulated, not {self.acceptance.kind}")
         return StartLaws(self.coupling.rejection, self.coupling.bonus)
@@ -217,7 +223,7 @@ def _to_dict(part: Any) -> dict[str, Any]:
     return {"kind": part.kind, **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}}
 
 
-ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, TokenPair)}
+ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, Observed, TokenPair)}
 COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
 
 

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdp.certificate import certificate
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.knots import Grid, even_and_kinks, place
 from mdp.lattice import Rules
@@ -341,25 +342,6 @@ def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray
         low, high, scale = arrays.initial @ seen.lower, arrays.initial @ seen.upper, 0.0
     lower, upper = certificate(rate, low, high, finite.round_time, scale, finite.num_regimes)
     return float(lower), float(upper)
-
-
-def certificate(rate: Any, low: Any, high: Any, round_time: np.ndarray, scale: Any, num_regimes: int) -> tuple:
-    """Bounds on rho* from both sides of T_rho_h - h, widened for rounding; for one problem or a batch.
-
-    Args:
-        rate: rho, at which the round was priced.
-        low, high: under- and over-estimate of T_rho_h - h: least and greatest start, mean over starts if rounds renew.
-        round_time: [..., K + 1] k t_d + V(k).
-        scale: largest size of the bias.
-        num_regimes: Z, the terms of each sum.
-    """
-    least, greatest, depth = round_time.min(axis=-1), round_time.max(axis=-1), round_time.shape[-1] - 1
-    # Values that matter are no worse than stopping at once; those beyond lose by more than they are rounded.
-    worst = rate * round_time[..., 0]
-    rounding = 8 * np.finfo(float).eps * (depth + num_regimes) * (scale + depth + 1 + worst)
-    low, high = low - rounding, high + rounding
-    lower = np.maximum(rate + low / np.where(low >= 0, greatest, least), 0.0)
-    return lower, rate + high / np.where(high >= 0, least, greatest)
 
 
 def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
