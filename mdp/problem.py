@@ -133,9 +133,9 @@ class StoppingProblem:
 
     def unseen(self) -> FiniteProblem:
         """The problem as `fixed` and `oracle` meet it, which look at no regime: continuous acceptances averaged."""
-        if isinstance(self.acceptance, BetaMixture):
-            return self._checked(self.acceptance.unseen(int(self.max_candidates)))
-        return self.lower()
+        if self.acceptance.finite:
+            return self.lower()
+        return self._checked(self.acceptance.unseen(int(self.max_candidates)))
 
     @cached_property
     def _lowered(self) -> FiniteProblem:
