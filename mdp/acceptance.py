@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mdp.continuous import BetaMixture
+from mdp.continuous import BetaMixture, LogitAR
 from mdp.process import (
     AcceptanceProcess,
     FiniteChain,
@@ -23,6 +23,7 @@ __all__ = [
     "AcceptanceProcess",
     "BetaMixture",
     "FiniteChain",
+    "LogitAR",
     "MarkovModulated",
     "Position",
     "StartLaws",

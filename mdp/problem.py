@@ -27,6 +27,7 @@ from mdp.acceptance import (
     AcceptanceProcess,
     BetaMixture,
     FiniteChain,
+    LogitAR,
     MarkovModulated,
     Position,
     StartLaws,
@@ -217,7 +218,7 @@ def _to_dict(part: Any) -> dict[str, Any]:
     return {"kind": part.kind, **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}}
 
 
-ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, TokenPair)}
+ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, LogitAR, TokenPair)}
 COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
 
 
