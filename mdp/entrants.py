@@ -81,8 +81,10 @@ def needs(policy: Policy) -> frozenset[str]:
     return wanted
 
 
-def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int) -> Policy:
+def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int | None) -> Policy:
     """The rule for rounds of at most `max_candidates`, with a table's missing rows filled by "stop".
+
+    `num_regimes` None: a table may have any number of columns.
 
     Raises:
         ValueError: if the rule is made for longer rounds, or a table for another number of regimes.
@@ -94,7 +96,7 @@ def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int) 
     rows, columns = policy.survival_threshold.shape
     if rows > max_candidates:
         raise ValueError(f"policy {text!r}: its table has {rows} rows, rounds here hold at most {max_candidates}")
-    if columns not in (1, num_regimes):
+    if num_regimes is not None and columns not in (1, num_regimes):
         expected = "one column" if num_regimes == 1 else f"1 or {num_regimes} columns"
         raise ValueError(f"policy {text!r}: its table must have {expected} here (regimes), it has {columns}")
     stop = np.full((max_candidates - rows, columns), np.inf)

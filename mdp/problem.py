@@ -27,6 +27,7 @@ from mdp.acceptance import (
     AcceptanceProcess,
     BetaMixture,
     FiniteChain,
+    LogitAR,
     MarkovModulated,
     Observed,
     Position,
@@ -134,9 +135,9 @@ class StoppingProblem:
 
     def unseen(self) -> FiniteProblem:
         """The problem as `fixed` and `oracle` meet it, which look at no regime: continuous acceptances averaged."""
-        if isinstance(self.acceptance, (BetaMixture, Observed)):
-            return self._checked(self.acceptance.unseen(int(self.max_candidates)))
-        return self.lower()
+        if self.acceptance.finite:
+            return self.lower()
+        return self._checked(self.acceptance.unseen(int(self.max_candidates)))
 
     @cached_property
     def _lowered(self) -> FiniteProblem:
@@ -176,8 +177,8 @@ class StoppingProblem:
             raise ValueError(f"coupling: {self.acceptance.kind} brings its own, leave it out")
         if isinstance(self.acceptance, Observed):
             raise ValueError(
-                "coupling.kind: observed rounds renew; persistent ones would carry a belief about the next start "
-                "from round to round, which no solver here does"
+                "coupling.kind: persistent is not for observed: what verification reveals would be a belief about the "
+                "next start, carried from round to round (a POMDP on round-start beliefs)"
             )
         if not isinstance(self.acceptance, MarkovModulated):
             raise ValueError(f"coupling.kind: persistent needs markov_modulated, not {self.acceptance.kind}")
@@ -223,7 +224,7 @@ def _to_dict(part: Any) -> dict[str, Any]:
     return {"kind": part.kind, **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}}
 
 
-ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, Observed, TokenPair)}
+ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, Observed, LogitAR, TokenPair)}
 COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
 
 

@@ -54,7 +54,10 @@ MAX_SWEEPS = 60
 FIRST_KNOTS = 128
 
 CELLS, MAX_ENTRIES = (255, 1023, 2047, 4095), 2**26
-"""Cells of a continuous law, coarse to fine, one less than a padded size; and the most cells x knots x depths."""
+"""Cells of a law that is drawn afresh, coarse to fine, one less than a padded size; most cells x knots x depths."""
+
+NODES, MAX_PRODUCTS = (127, 255, 511, 1023, 2047), 2**33
+"""Nodes of a law that depends on the one before, likewise; and the most nodes^2 x knots x depths."""
 
 
 class SolveStatus(enum.Enum):
@@ -201,7 +204,8 @@ def solve(
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
     if isinstance(problem, StoppingProblem) and not problem.acceptance.finite:
-        found, closed = _bracketed(problem, unit, tol, max_knots, max_sweeps)
+        bracketed = _enclosed if problem.acceptance.num_regimes is None else _bracketed
+        found, closed = bracketed(problem, unit, tol, max_knots, max_sweeps)
     else:
         half = THRESHOLD_TOLERANCE / 2
         found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps)
@@ -261,8 +265,9 @@ def _close(
     threshold: Any = None
     if like is not None:
         padding = np.full((len(arrays.accept_prob) - depth, len(bias)), np.inf)
-        threshold = np.concatenate([np.repeat(like.threshold[:, :1], len(bias), axis=1), padding])
-        rate, num_knots = like.rate, like.num_knots
+        lowest = like.threshold.min(axis=1, keepdims=True)
+        threshold = np.concatenate([np.repeat(lowest, len(bias), axis=1), padding])
+        rate, num_knots = like.rate, min(like.num_knots, max_knots)
     with jax.enable_x64(True):
         for attempt in itertools.count():
             first = threshold is None
@@ -282,7 +287,8 @@ def _close(
             shift = (upper - lower) * np.ptp(finite.round_time)
             improving = upper - lower > tol * lower or shift > shift_tol
             closed = not improving and slack.max() <= slack_tol
-            if closed or (attempt >= 2 and 4 * num_knots > max_knots):
+            # Without a similar problem the first passes are blind.
+            if closed or (4 * num_knots > max_knots and (like is not None or attempt >= 2)):
                 break
             num_knots = num_knots if first else 4 * num_knots
     return _Found(rate, bias[into], (lower, upper), threshold[:depth][:, into], slack, _rates(arrays, result), closed,
@@ -292,7 +298,7 @@ def _close(
 def _bracketed(
     problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
 ) -> tuple[_Found, bool]:
-    r"""A continuous process between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
+    r"""A process of one regime between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
 
     The lower problem's threshold S is reported. With $D$ the worth of CONTINUE - STOP in the true problem at the true
     rate, $\hat S$ and $\hat\sigma$ the upper problem's threshold and slack, $\Delta$ the bounds' relative width and
@@ -328,6 +334,40 @@ def _bracketed(
             break  # in the second case knots are what limits, and finer cells need more of them
     found = low._replace(
         rate=(lower + upper) / 2, bounds=(lower, upper), threshold=low.threshold[:, :1], bias=np.zeros(1),
+        num_sweeps=num_sweeps,
+    )  # fmt: skip
+    return found, closed
+
+
+def _enclosed(
+    problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
+) -> tuple[_Found, bool]:
+    """A process with a continuum of regimes between two finite problems, refined until their bounds agree.
+
+    The lower problem's table is reported, a column per node (`AcceptanceProcess.regimes`).
+    """
+    depth = int(problem.max_candidates)
+    allowed = [size for size in NODES if size == NODES[0] or size**2 * 4 * FIRST_KNOTS * depth <= MAX_PRODUCTS]
+    low: Any = None
+    high: Any = None
+    lower, upper, num_sweeps, size = 0.0, np.inf, 0, NODES[0]
+    while True:
+        # The gap falls with the square of the nodes' distance; knots have to close a part of it only.
+        goal, knots = max(tol / 4, size**-2.0), min(max_knots, 2 ** int(np.log2(MAX_PRODUCTS / (size**2 * depth))))
+        low, high = (
+            _close(_in_units(finite, unit), goal, np.inf, np.inf, knots, max_sweeps, like)
+            for finite, like in zip(problem.bracket(size), (low, high), strict=True)
+        )
+        num_sweeps += low.num_sweeps + high.num_sweeps
+        lower, upper = max(lower, low.bounds[0]), min(upper, high.bounds[1])
+        closed = upper - lower <= tol * lower
+        finer = [more for more in allowed if more > size]
+        if closed or not finer:
+            break
+        enough = 1.1 * size * np.sqrt((upper - lower) / (tol * lower)) if lower > 0 else np.inf
+        size = next((more for more in finer if more >= enough), finer[-1])
+    found = low._replace(
+        rate=(lower + upper) / 2, bounds=(lower, upper), threshold=low.threshold[:, :-1], bias=np.zeros(1),
         num_sweeps=num_sweeps,
     )  # fmt: skip
     return found, closed
