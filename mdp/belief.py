@@ -19,13 +19,14 @@ Theory, F8.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
 
 from mdp.problem import FiniteProblem
 
-__all__ = ["Branches", "branch", "merge", "next_accept_prob", "survival"]
+__all__ = ["MERGE", "Branches", "branch", "cells", "merge", "next_accept_prob", "survival"]
 
-MERGE = 2.0**44
+BITS = 44
+MERGE = 2.0**BITS
 """Points closer than 1 / MERGE in every coordinate may be made one."""
 
 IMPOSSIBLE = 1e-280
@@ -60,11 +61,17 @@ def branch(
     return Branches(kept.sum(axis=1), chance, point.reshape(*chance.shape, 2 * size))
 
 
+def cells(points: Float[np.ndarray, "n d"], bits: int) -> UInt[np.ndarray, " n"]:
+    """A number for the cell of side 2^-bits that each point falls in; two cells hardly ever share theirs."""
+    key = np.rint(points * 2.0**bits).astype(np.int64).view(np.uint64)
+    return (key * _FACTORS[: points.shape[1]]).sum(axis=1)
+
+
 def merge(points: Float[np.ndarray, "n d"]) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " n"]]:
     """First of every group of points that agree, and the group of each point."""
     if len(points) < 2:
         return np.arange(len(points)), np.zeros(len(points), dtype=np.int64)
-    key = (np.rint(points * MERGE).astype(np.int64).view(np.uint64) * _FACTORS[: points.shape[1]]).sum(axis=1)
+    key = cells(points, BITS)
     _, first, group = np.unique(key, return_index=True, return_inverse=True)
     if np.abs(points - points[first[group]]).max() > 2.0 / MERGE:  # two keys met by chance
         return np.arange(len(points)), np.arange(len(points))

@@ -1,270 +1,284 @@
-r"""The stopping problem with hidden regimes: a tree of symbol histories, bounded from both sides."""
+r"""The best stopping rule with hidden regimes, and a proof.
 
-import time
+The points of belief (`mdp.belief`) that symbols can lead to form a tree, histories that agree merged. At a trial rate
+it is grown forwards and valued backwards, from both sides, with what `mdp.envelope` knows of any point:
+
+* A point where even the regime's being shown from the next candidate on would not make CONTINUE worth it stops.
+  That is exact, and keeps most trees small; then the bounds agree up to rounding.
+* Where a depth holds more points than allowed, those are *opened* that stand for most: similar ones fall into one
+  cell, whose heaviest by probability x gap is opened. The others are closed: from below they follow the best
+  rule of the opened points near them or one that does not look, from above they take `hull`. Points whose gaps sum
+  to nothing that matters are closed first.
+* Backwards, a rule is its pair (e, t) of tokens and time, each linear in the belief, so what the lower bound
+  promises is earned by a real rule, evaluated exactly. The rate moves to that rule's throughput (Dinkelbach) until it
+  stands still, first on small trees.
+
+The certificate is that of `mdp.solve` (`mdp.certificate`), the upper side widened by what merging can do.
+
+The rule handed out (`mdp.policy.BeliefRule`) continues iff one of the stored CONTINUE pairs beats STOP. It decides as
+the tree does at every point in it; where the tree was opened throughout, that is the optimum, and its rates are those
+of the rule found. Otherwise the rates are those of the rule behind the lower bound.
+
+References: Smallwood and Sondik (1973) for piecewise linear values; Hauskrecht (2000) for the fast informed bound,
+of which `relaxed` is a convex relative; Dinkelbach (1967).
+"""
+
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.spatial import cKDTree
 from jaxtyping import Float
+from scipy.spatial import cKDTree
 
-from mdp.belief import branch, merge, _FACTORS
-CELLBITS=16
-OVER=1.0
-SAW=1
-
+from mdp.belief import MERGE, branch, cells, merge
 from mdp.certificate import certificate
+from mdp.envelope import Seen, blind, hull, prices, relaxed, seen
+from mdp.policy import TIE, BeliefRule
 from mdp.problem import FiniteProblem
 
-KNOTS = 1025
-SMALL = 4096
+__all__ = ["Found", "solve_hidden"]
+
+FIRST_LIMIT = 1024
+MAX_POINTS = 2**19
+"""Opened points in all depths together."""
+
+MAX_STEPS, NEIGHBOURS = 40, 6
+FINEST_CELL = 16
+"""Cells have sides 2^-16 at the finest."""
+
+NEGLIGIBLE_GAP = 1e-13
+MAX_PAIRS, WORTH_A_PAIR = 256, 1e-12
+"""Pairs kept per depth; the gain, probability included, for which one more is kept."""
 
 
-class Layer(NamedTuple):
-    points: Any
-    mass: Any
-    ceiling: Any  # [n] upper value
-    opened: Any  # [m]
-    gain: Any
-    chance: Any
-    child: Any
+class Found(NamedTuple):
+    """`tally`: tokens, time and candidates of a round under the rule found. `opened`: most points of a depth."""
+
+    rate: float
+    bounds: tuple[float, float]
+    tally: tuple[float, float, float]
+    rule: BeliefRule
+    closed: bool
+    num_steps: int
+    opened: int
 
 
-def prices(problem):
-    return problem.draft_time + np.diff(problem.verify_time)
+class _Layer(NamedTuple):
+    """The points [n] of one depth; of the m opened ones, where each symbol leads [m, O]."""
+
+    points: Float[np.ndarray, "n 2Z"]
+    mass: Float[np.ndarray, " n"]
+    ceiling: Float[np.ndarray, " n"]
+    opened: np.ndarray
+    gain: np.ndarray
+    chance: np.ndarray
+    child: np.ndarray
 
 
-def seen_values(problem, rate):
-    grid = np.linspace(0, 1, KNOTS)
+class _Valued(NamedTuple):
+    """The start of a round at one rate: the rule from below, the worth from above, and the pairs of each depth."""
+
+    emitted: float
+    time: float
+    drafted: float
+    ceiling: float
+    pairs: list[np.ndarray]
+
+
+def solve_hidden(
+    problem: FiniteProblem, observation: Float[np.ndarray, "Z O"], *, tol: float, limit: int, max_steps: int = MAX_STEPS
+) -> Found:
+    """Bounds of relative width `tol` on the best throughput, if at most `limit` points per depth will do.
+
+    Args:
+        problem: the chain of regimes, rounds renewing, times in units of about the longest round.
+        observation: [Z, O] law of the symbol in each regime.
+    """
+    limit = max(1, min(limit, MAX_POINTS // problem.max_candidates))
+    unseen = blind(problem, 0)
+    emitted = np.append(1.0, 1.0 + unseen.emitted @ problem.initial)
+    rate = float((emitted / (problem.verify_time[0] + np.append(0.0, unseen.time))).max())
+    best = _Valued(0.0, 1.0, 0.0, 0.0, [])
+    lower, upper, allowed, steps, most = 0.0, np.inf, min(limit, FIRST_LIMIT), 0, 0
+    while True:
+        layers, short = _grow(problem, observation, rate, allowed, tol * rate * problem.round_time.min() / 4)
+        valued = _value(problem, observation, layers, rate)
+        steps += 1
+        most = max(most, *(len(layer.opened) for layer in layers))
+        found = valued.emitted / valued.time
+        if found * best.time > best.emitted or not best.pairs:
+            best = valued
+        lower = max(lower, certificate(found, 0.0, 0.0, problem.round_time, 0.0, problem.num_regimes)[0])
+        ceiling = valued.ceiling + _merging(problem, rate)
+        upper = min(upper, certificate(rate, 0.0, ceiling, problem.round_time, 0.0, problem.num_regimes)[1])
+        still = found <= rate * (1.0 + 1e-15)
+        # What is closed stays so; a small tree is worth another step, it may end exact.
+        if steps >= max_steps or (still and (not short or allowed == limit)) or (short and upper - lower <= tol * lower):
+            break
+        if short and found - rate <= 1e-4 * rate:  # a finer tree will move the rate more than another step
+            allowed = min(limit, 8 * allowed)
+        rate = max(found, rate)
+    return Found(
+        best.emitted / best.time, (float(lower), float(upper)), (best.emitted, best.time, best.drafted),
+        _rule(problem, observation, rate, best.pairs), bool(upper - lower <= tol * lower), steps, most,
+    )  # fmt: skip
+
+
+def _merging(problem: FiniteProblem, rate: float) -> float:
+    """What moving points by 1 / MERGE, once a depth, can do to the worth of a round."""
     depth, size = problem.accept_prob.shape
-    out = np.zeros((depth + 1, size, KNOTS))
-    for k in range(depth - 1, -1, -1):
-        a = problem.accept_prob[k]
-        after = np.stack([grid * a[y] + np.interp(grid * a[y], grid, out[k + 1, y]) for y in range(size)])
-        out[k] = np.maximum(problem.transition @ after - rate * prices(problem)[k], 0)
-    return out
+    return depth * 2 * size / MERGE * (depth + rate * np.abs(prices(problem)).sum())
 
 
-def seen_at(values, share, y):
-    at = np.minimum(share, 1.0) * (KNOTS - 1)
-    cell = np.minimum(at.astype(np.int64), KNOTS - 2)
-    part = at - cell
-    row = values[y]
-    return row[cell] * (1 - part) + row[cell + 1] * part
-
-
-def relaxed(problem, seen, k, points, rate):
-    size = problem.num_regimes
-    kept = points[:, :size] @ problem.transition * problem.accept_prob[k]
-    moved = points[:, size:] @ problem.transition
-    out = kept.sum(axis=1) - rate * prices(problem)[k] * moved.sum(axis=1)
-    share = np.divide(kept, moved, out=np.zeros_like(kept), where=moved > 0)
-    for y in range(size):
-        out += moved[:, y] * seen_at(seen[k + 1], share[:, y], y)
-    return out
-
-
-def blind(problem, k, rate):
-    """open-loop alphas at depth k: e [m, Z], t [m]."""
-    depth = problem.max_candidates
-    a = problem.accept_prob
-    e = np.zeros((depth - k, problem.num_regimes))
-    flow = None
-    # vector of emitted from going m more, as function of w: sum_j P D P D 1
-    # compute forward: M = P D_{k+1}; e_m = sum_{j<=m} M_1..M_j 1
-    mat = np.eye(problem.num_regimes)
-    tot = np.zeros(problem.num_regimes)
-    for j in range(k, depth):
-        mat = mat @ (problem.transition * a[j])
-        tot = tot + mat.sum(axis=1)
-        e[j - k] = tot
-    return e, np.cumsum(prices(problem)[k:])
-
-
-def grow(problem, observation, rate, limit, slack):
-    depth = problem.max_candidates
-    seen = seen_values(problem, rate)
-    points = np.concatenate([problem.initial] * 2)[None]
-    mass = np.ones(1)
-    layers = []
-    for k in range(depth):
-        ceiling = relaxed(problem, seen, k, points, rate)
+def _grow(problem: FiniteProblem, observation: np.ndarray, rate: float, limit: int, slack: float):
+    """The tree at a rate, with at most `limit` points opened per depth; and whether more were wanted."""
+    depth, size = problem.accept_prob.shape
+    visible = seen(problem, rate)
+    points, mass = np.tile(problem.initial, 2)[None], np.ones(1)
+    layers: list[_Layer] = []
+    none, short = np.zeros(0, dtype=np.int64), False
+    for k in range(depth + 1):
+        ceiling = np.maximum(relaxed(problem, visible, k, points), 0.0) if k < depth else np.zeros(len(points))
         opened = np.flatnonzero(ceiling > 0)
-        ceiling = np.maximum(ceiling, 0)
-        if len(opened) > SMALL:
-            e, t = blind(problem, k, rate)
-            low = np.maximum((points[opened, : problem.num_regimes] @ e.T - rate * t).max(axis=1), 0)
-            gap = mass[opened] * np.maximum(ceiling[opened] - low, 0)
-            order = np.argsort(-gap)
-            tail = np.cumsum(gap[order][::-1])[::-1]
-            count = max(SMALL, int(np.searchsorted(-tail, -slack / depth)))
-            order = order[:count]
-            opened, gap = opened[order], gap[order]
-            if len(opened) > limit:
-                x = points[opened]
-                for bits in range(CELLBITS, 0, -1):
-                    key = (np.rint(x * 2.0**bits).astype(np.int64).view(np.uint64) * _FACTORS[: x.shape[1]]).sum(axis=1)
-                    _, first, group = np.unique(key, return_index=True, return_inverse=True)
-                    if len(first) <= OVER * limit:
-                        break
-                g = np.bincount(group, gap)
-                m = np.bincount(group, mass[opened])
-                pick = np.argsort(-g)[:limit]
-                mass = mass.copy(); mass[opened[first]] = m
-                opened = opened[first[pick]]
-            opened = np.sort(opened)
+        if len(opened) > limit:
+            bare = blind(problem, k)
+            floor = (points[opened, :size] @ bare.emitted.T - rate * bare.time).max(axis=1)
+            gap = mass[opened] * (ceiling[opened] - np.maximum(floor, 0.0))
+            chosen, represents, cut = _choose(points[opened], mass[opened], gap, limit, slack / depth)
+            mass = mass.copy()
+            mass[opened[chosen]] = represents
+            opened, short = opened[chosen], short | cut
         if len(opened) == 0:
-            layers.append(Layer(points, mass, ceiling, opened, None, None, None))
+            layers.append(_Layer(points, mass, ceiling, none, none, none, none))
             break
-        b = branch(problem, observation, k, points[opened])
-        n, o = b.chance.shape
-        flat = b.point.reshape(n * o, points.shape[1])
+        grown = branch(problem, observation, k, points[opened])
+        flat = grown.point.reshape(-1, 2 * size)
         first, group = merge(flat)
-        new_mass = np.bincount(group, (mass[opened][:, None] * b.chance).ravel(), minlength=len(first))
-        layers.append(Layer(points, mass, ceiling, opened, b.gain, b.chance, group.reshape(n, o)))
-        points, mass = flat[first], new_mass
-        if len(opened) == 0:
-            break
-    if len(layers) == depth:
-        layers.append(Layer(points, mass, np.zeros(len(points)), np.zeros(0, int), None, None, None))
-    return layers
+        weights = (mass[opened][:, None] * grown.chance).ravel()
+        layers.append(_Layer(points, mass, ceiling, opened, grown.gain, grown.chance, group.reshape(grown.chance.shape)))
+        points, mass = flat[first], np.bincount(group, weights, minlength=len(first))
+    return layers, short
 
 
-def hull(problem, seen, k, rate, at, columns, cost):
-    """at [n,d]; columns [n,m,d]; cost [n,m]."""
-    n, m, d = columns.shape
-    size = d // 2
-    eye = np.eye(size)
-    corner = np.maximum(relaxed(problem, seen, k, np.concatenate([eye, eye], axis=1), rate), 0)
-    basis_cost = np.tile(np.append(corner, np.zeros(size)), (n, 1))
-    table = np.concatenate([columns, at[:, None]], axis=1).copy()  # [n, m+1, d]; last is lambda
-    who = np.full((n, d), -1)
-    rows = np.arange(n)
-    for _ in range(PIVOTS):
-        reduced = cost - (table[:, :m] * basis_cost[:, None]).sum(axis=2)
-        j = reduced.argmin(axis=1)
-        active = reduced[rows, j] < -1e-12
-        if not active.any():
-            break
-        col = table[rows, j]  # [n,d]
-        ok = col > 1e-9
-        ratio = np.where(ok, table[:, m] / np.where(ok, col, 1), np.inf)
-        i = ratio.argmin(axis=1)
-        active &= np.isfinite(ratio[rows, i])
-        r = np.flatnonzero(active)
-        if len(r) == 0: break
-        i, j, col = i[r], j[r], col[r]
-        prow = table[r, :, i] / col[np.arange(len(r)), i][:, None]  # [nr, m+1]
-        T = table[r]
-        T -= col[:, None, :] * prow[:, :, None]
-        T[np.arange(len(r)), :, i] = prow
-        table[r] = T
-        who[r, i] = j
-        basis_cost[r, i] = cost[r, j]
-    lam = np.zeros((n, m))
-    for i in range(d):
-        on = who[:, i] >= 0
-        lam[rows[on], who[on, i]] = np.maximum(table[on, m, i], 0)
-    lam *= 1 - 1e-12
-    rest = at - (lam[:, :, None] * columns).sum(axis=1)
-    bad = rest.min(axis=1) < 0
-    full = np.concatenate([rest[:, :size], rest[:, :size] + rest[:, size:]], axis=1)
-    full = np.maximum(full, 0)
-    out = (lam * cost).sum(axis=1) + np.maximum(relaxed(problem, seen, k, full, rate), 0)
-    return np.where(bad, np.inf, out)
+def _choose(points: np.ndarray, mass: np.ndarray, gap: np.ndarray, limit: int, slack: float) -> tuple[Any, Any, bool]:
+    """Which points to open, sorted, the mass that each stands for, and whether more were wanted.
+
+    Gaps that sum to `slack` are left.
+    """
+    order = np.argsort(-gap)
+    left = np.cumsum(gap[order][::-1])[::-1]
+    order = order[: max(1, int(np.count_nonzero(left > slack)))]
+    cut = len(order) > limit
+    if cut:
+        for bits in range(FINEST_CELL, -1, -1):
+            _, first, group = np.unique(cells(points[order], bits), return_index=True, return_inverse=True)
+            if len(first) <= limit:
+                break
+        pick = np.argsort(-np.bincount(group, gap[order]))[:limit]  # noqa: F821
+        represents = np.bincount(group, mass[order])[pick]
+        chosen = order[first[pick]]
+    else:
+        chosen, represents = order, mass[order]
+    sort = np.argsort(chosen)
+    return chosen[sort], represents[sort], cut
 
 
-PIVOTS = 8
-
-
-def back(problem, observation, layers, rate, near=0, verbose=False):
-    seen = seen_values(problem, rate)
-    size = problem.num_regimes
-    depth = problem.max_candidates
-    P = problem.transition
-    c = prices(problem)
-    up = None
+def _value(problem: FiniteProblem, observation: np.ndarray, layers: list[_Layer], rate: float) -> _Valued:
+    """Backward induction from both sides."""
+    depth, size = problem.accept_prob.shape
+    visible, step_time = seen(problem, rate), prices(problem)
+    later, above = np.zeros((0, 3, size)), np.zeros(0)
+    pairs: list[np.ndarray] = []
     for k in range(len(layers) - 1, -1, -1):
-        L = layers[k]
-        n = len(L.points)
-        alpha = np.zeros((n, 3 * size))  # e, t, d
-        u = L.ceiling.copy()
-        if k < depth:
-            e, t = blind(problem, k, rate)
-            val = L.points[:, :size] @ e.T - rate * t
-            best = val.argmax(axis=1)
-            go = val[np.arange(n), best] > 0
-            alpha[go, :size] = e[best[go]]
-            alpha[go, size : 2 * size] = t[best[go]][:, None]
-            alpha[go, 2 * size :] = (best[go] + 1.0)[:, None]
-        if len(L.opened):
-            nxt = later[L.child]  # [m,O,3Z]
-            m, o = L.chance.shape
-            agg = np.einsum("moaz,zo->maz", nxt.reshape(m, o, 3, size), observation)
-            agg[:, 0] = problem.accept_prob[k] * (1 + agg[:, 0])
-            agg[:, 1] += c[k]
-            agg[:, 2] += 1
-            new = (agg @ P.T).reshape(m, 3 * size)
-            x = L.points[L.opened]
-            value = (new[:, :size] * x[:, :size]).sum(1) - rate * (new[:, size : 2 * size] * x[:, size:]).sum(1)
-            old = alpha[L.opened]
-            oldv = (old[:, :size] * x[:, :size]).sum(1) - rate * (old[:, size : 2 * size] * x[:, size:]).sum(1)
-            better = value >= np.maximum(oldv, 0)
-            alpha[L.opened] = np.where(better[:, None], new, old)
-            uu = L.gain - rate * c[k] + (L.chance * up[L.child]).sum(1)
-            u[L.opened] = np.minimum(u[L.opened], np.maximum(uu, 0))
-        if near and 0 < len(L.opened) < n and k < depth:
-            closed = np.ones(n, bool); closed[L.opened] = False
-            x = L.points
-            val = (alpha[:, :size] * x[:, :size]).sum(1) - rate * (alpha[:, size:2*size] * x[:, size:]).sum(1)
-            todo = np.flatnonzero(closed & (u > np.maximum(val, 0) + 1e-12))
-            if len(todo):
-                y = x[todo]
-                _, idx = cKDTree(x[L.opened]).query(y, k=min(near, len(L.opened)))
-                idx = idx.reshape(len(todo), -1)
-                cone = np.concatenate([x[:, :size], x[:, size:] - x[:, :size]], axis=1)
-                oldl, oldu = np.maximum(val[todo],0).copy(), u[todo].copy()
-                uu = hull(problem, seen, k, rate, cone[todo], cone[L.opened[idx]], u[L.opened[idx]])
-                u[todo] = np.minimum(u[todo], uu)
-                for j in range(SAW):
-                    i = L.opened[idx[:, j]]
-                    den = cone[i]
-                    ratio = np.where(den > 0, np.maximum(cone[todo],0) / np.where(den > 0, den, 1), np.inf).min(1)
-                    rest = y - ratio[:, None] * x[i]
-                    uu = ratio * u[i] + np.maximum(relaxed(problem, seen, k, rest, rate), 0)
-                    u[todo] = np.minimum(u[todo], uu)
-                for j in range(idx.shape[1]):
-                    i = L.opened[idx[:, j]]
-                    a = alpha[i]
-                    v = (a[:, :size] * y[:, :size]).sum(1) - rate * (a[:, size:2*size] * y[:, size:]).sum(1)
-                    better = v > np.maximum(val[todo], 0)
-                    val[todo[better]] = v[better]
-                    alpha[todo[better]] = a[better]
-                if verbose:
-                    m = L.mass[todo]
-                    print('   ', k, len(todo), 'low', (m*oldl).sum(), (m*np.maximum(val[todo],0)).sum(), 'up', (m*oldu).sum(), (m*u[todo]).sum())
-        later, up = alpha, u
-    x = layers[0].points[0]
-    e, t, d = later[0, :size] @ x[:size], later[0, size : 2 * size] @ x[size:], later[0, 2 * size :] @ x[size:]
-    return 1 + e, problem.verify_time[0] + t, d, 1 + up[0] - rate * problem.verify_time[0]
+        layer = layers[k]
+        rules, worth = _without_looking(problem, k, layer.points, rate)
+        ceiling = layer.ceiling.copy()
+        opened = layer.opened
+        if len(opened):
+            onward = np.einsum("moaz,zo->maz", later[layer.child], observation)
+            onward[:, 0] = problem.accept_prob[k] * (1.0 + onward[:, 0])
+            onward[:, 1] += step_time[k]
+            onward[:, 2] += 1.0
+            onward = onward @ problem.transition.T
+            earned = _worth(onward, layer.points[opened], rate)
+            better = earned >= worth[opened]
+            rules[opened[better]], worth[opened[better]] = onward[better], earned[better]
+            hope = layer.gain - rate * step_time[k] + (layer.chance * above[layer.child]).sum(axis=1)
+            ceiling[opened] = np.minimum(ceiling[opened], np.maximum(hope, 0.0))
+            _close_up(problem, visible, k, layer, rules, worth, ceiling)
+        pairs.append(_cover(rules, worth, layer, rate))
+        stops = worth < 0
+        rules[stops] = 0.0
+        later, above = rules, ceiling
+    root = layers[0].points[0]
+    emitted, time, drafted = (float(part @ root[at]) for part, at in
+                              zip(later[0], (slice(size), slice(size, None), slice(size, None)), strict=True))  # fmt: skip
+    start = problem.verify_time[0]
+    return _Valued(1.0 + emitted, start + time, drafted, 1.0 + float(above[0]) - rate * start, pairs[::-1])
 
 
-def solve_hidden(problem, observation, tol=1e-6, limit=50_000, verbose=False, near=4):
-    start = time.perf_counter()
-    e, t = blind(problem, 0, 0.0)
-    rates = np.append(1.0, 1 + problem.initial @ e.T) / np.append(problem.verify_time[0], problem.verify_time[0] + t)
-    rate = rates.max()
-    lower, upper = rate, np.inf
-    for it in range(30):
-        coarse = it < 4
-        layers = grow(problem, observation, rate, SMALL if coarse else limit, tol * 0.5 * rate * problem.round_time.min())
-        em, ti, dr, high = back(problem, observation, layers, rate, 0 if coarse else near, verbose)
-        new = em / ti
-        lower = max(lower, new)
-        _, up = certificate(rate, 0.0, high, problem.round_time, 0.0, problem.num_regimes)
-        upper = min(upper, up)
-        if verbose:
-            print(it, rate, new, lower, upper, (upper - lower) / lower, [len(l.points) for l in layers], round(time.perf_counter() - start, 2))
-        if upper - lower <= tol * lower or (not coarse and new <= rate * (1 + 1e-15)):
-            break
-        rate = lower
-    return lower, upper
+def _worth(rules: np.ndarray, points: np.ndarray, rate: float) -> np.ndarray:
+    """Of each rule at its own point: tokens minus priced time above STOP."""
+    size = points.shape[1] // 2
+    return (rules[:, 0] * points[:, :size]).sum(axis=1) - rate * (rules[:, 1] * points[:, size:]).sum(axis=1)
+
+
+def _without_looking(problem: FiniteProblem, k: int, points: np.ndarray, rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """The best rule [n, 3, Z] (tokens, time, candidates) that drafts more and does not look; at k = K there is none."""
+    size, bare = problem.num_regimes, blind(problem, k)
+    if len(bare.time) == 0:
+        return np.zeros((len(points), 3, size)), np.full(len(points), -np.inf)
+    worth = points[:, :size] @ bare.emitted.T - rate * bare.time
+    best = worth.argmax(axis=1)
+    rules = np.stack(np.broadcast_arrays(bare.emitted[best], bare.time[best, None], best[:, None] + 1.0), axis=1)
+    return rules, worth[np.arange(len(points)), best]
+
+
+def _close_up(problem, visible: Seen, k: int, layer: _Layer, rules, worth, ceiling) -> None:
+    """Bound the closed points by the opened ones near them, in place."""
+    opened, points = layer.opened, layer.points
+    shut = np.ones(len(points), dtype=bool)
+    shut[opened] = False
+    todo = np.flatnonzero(shut & (ceiling > np.maximum(worth, 0.0) + NEGLIGIBLE_GAP))
+    if len(todo) == 0:
+        return
+    near = cKDTree(points[opened]).query(points[todo], k=min(NEIGHBOURS, len(opened)))[1]
+    near = opened[near.reshape(len(todo), -1)]
+    over = hull(problem, visible, k, points[todo], points[near], ceiling[near])
+    ceiling[todo] = np.minimum(ceiling[todo], over)
+    for one in near.T:
+        earned = _worth(rules[one], points[todo], visible.rate)
+        better = earned > worth[todo]
+        rules[todo[better]], worth[todo[better]] = rules[one[better]], earned[better]
+
+
+def _cover(rules: np.ndarray, worth: np.ndarray, layer: _Layer, rate: float) -> np.ndarray:
+    """Few of the rules [p, 3, Z] that are worth as much as each point's own, or at least continue where it does."""
+    on = np.flatnonzero(worth >= 0)
+    rules, worth, points, mass = rules[on], worth[on], layer.points[on], layer.mass[on]
+    size = points.shape[1] // 2
+    best, chosen = np.full(len(on), -np.inf), []
+    while len(chosen) < MAX_PAIRS and len(on):
+        missing = mass * (worth - np.maximum(best, 0.0))
+        pick = int(missing.argmax())
+        if missing[pick] <= WORTH_A_PAIR:
+            undecided = mass * (best < -TIE)
+            pick = int(undecided.argmax())
+            if undecided[pick] <= 0:
+                break
+        chosen.append(rules[pick])
+        best = np.maximum(best, points[:, :size] @ rules[pick, 0] - rate * (points[:, size:] @ rules[pick, 1]))
+        best[pick] = max(best[pick], worth[pick], 0.0)
+    return np.reshape(chosen, (-1, 3, size))
+
+
+def _rule(problem: FiniteProblem, observation: np.ndarray, rate: float, pairs: list[np.ndarray]) -> BeliefRule:
+    """The rule that the pairs make; where a depth has none, one that is worth -1 stands in."""
+    depth, size = problem.accept_prob.shape
+    width = max(1, *(len(part) for part in pairs))
+    emitted, price = np.zeros((depth, width, size)), np.ones((depth, width, size))
+    for k, part in enumerate(pairs[:depth]):
+        emitted[k, : len(part)], price[k, : len(part)] = part[:, 0], rate * part[:, 1]
+    nothing = np.ones((1, size))
+    seen_then = np.concatenate([observation.T, nothing])
+    kept_then = np.concatenate([observation.T * problem.accept_prob[0], nothing])
+    return BeliefRule(problem.initial, problem.transition, seen_then, kept_then, emitted, price)

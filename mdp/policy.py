@@ -24,7 +24,7 @@ and after a drafted end-of-text token.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,6 +32,7 @@ import numpy as np
 
 __all__ = [
     "SIGNALS",
+    "BeliefRule",
     "FixedLength",
     "LookaheadThreshold",
     "Observation",
@@ -58,7 +59,8 @@ class Observation(NamedTuple):
     """What a rule may look at when k candidates are drafted. `None`: this world does not show it.
 
     `draft_prob`, `top_prob`, `entropy`, `token_accept_prob` and `head` describe the last drafted candidate and
-    mean nothing at k = 0. `next_accepted` (would one more candidate be accepted, none rejected before?) is
+    mean nothing at k = 0. `symbol` is what a world with hidden regimes shows of that candidate, -1 at k = 0.
+    `next_accepted` (would one more candidate be accepted, none rejected before?) is
     clairvoyance: no live world has it.
     """
 
@@ -72,6 +74,7 @@ class Observation(NamedTuple):
     entropy: Any = None
     head: Any = None
     next_accepted: Any = None
+    symbol: Any = None
 
 
 class Outcome(NamedTuple):
@@ -146,6 +149,56 @@ class ThresholdTable(Policy):
         regime = 0 if self.survival_threshold.shape[1] == 1 else observation.regime
         threshold = self.survival_threshold[observation.num_candidates, regime]
         return state, observation.survival < threshold - TIE
+
+
+@dataclass(frozen=True)
+class BeliefRule(Policy):
+    r"""Continue iff some stored rule for what is left beats stopping, at the belief that the symbols lead to.
+
+    The form of every optimal policy with hidden regimes (theory, F8). The state is the belief about the regime of the
+    candidate to come, $[wP, \pi P]$ of `mdp.belief` once there are candidates and `initial` before.
+
+    Args:
+        initial: [Z] law of the regime at the round's start.
+        transition: [Z, Z].
+        likelihood, accepted: [O + 1, Z] probability of each symbol by regime, and of symbol and acceptance; the last
+            row is 1, for no symbol.
+        emitted, price: [K, M, Z] of M rules per depth: tokens by regime of the survivors, priced time by regime.
+    """
+
+    initial: np.ndarray = field(hash=False)
+    transition: np.ndarray = field(hash=False)
+    likelihood: np.ndarray = field(hash=False)
+    accepted: np.ndarray = field(hash=False)
+    emitted: np.ndarray = field(hash=False)
+    price: np.ndarray = field(hash=False)
+    needs = ("symbol",)
+
+    def init(self):
+        return self.initial, self.initial
+
+    def stop(self, state, observation):
+        alive = state[0] * self.accepted[observation.symbol]
+        known = state[1] * self.likelihood[observation.symbol]
+        total = known.sum(-1)
+        total = (total + (total == 0))[..., None]  # a symbol that cannot be leaves nothing, and stops
+        alive, known = alive / total, known / total
+        k = observation.num_candidates
+        worth = self.emitted[k] @ alive[..., None] - self.price[k] @ known[..., None]
+        going_on = (worth[..., 0] >= -TIE).any(-1) & (known.sum(-1) > 0)
+        return (alive @ self.transition, known @ self.transition), ~going_on
+
+    def end_round(self, state, outcome):
+        return self.init()
+
+    @property
+    def num_symbols(self) -> int:
+        """How many symbols it tells apart."""
+        return len(self.likelihood) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its JSON, within that of a saved solution."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
 
 
 @dataclass(frozen=True)
