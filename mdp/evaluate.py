@@ -11,6 +11,9 @@ must be unique: a rule that splits the start regimes into several recurrent clas
 
 The oracle needs no tree: it stops after k candidates if and only if exactly k would be accepted.
 
+With hidden regimes the round is a tree of symbol histories, merged where they agree in what can be known
+(`mdp.belief`), down to where the rule stops.
+
 Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
 """
 
@@ -20,15 +23,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from mdp import belief
+from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
-from mdp.entrants import fit_depth, label, needs, read
+from mdp.entrants import check_symbols, fit_depth, label, needs, read
 from mdp.metrics import Tally
-from mdp.policy import FixedLength, Observation, Oracle, Policy, PolicySpec
+from mdp.policy import BeliefRule, FixedLength, Observation, Oracle, Policy, PolicySpec
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "long_run", "round_law"]
+__all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "hidden_law", "long_run", "round_law"]
 
 MAX_STATES = 5_000_000
+MAX_BRANCHES = 20_000_000  # numbers in the points that one depth of a tree of symbols leads to
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
@@ -104,7 +110,10 @@ def evaluate(
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
-    law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
+    if isinstance(problem, StoppingProblem) and isinstance(problem.acceptance, Observed):
+        law = hidden_law(finite, problem.acceptance.observation, fit_depth(spec.text, rule, finite.max_candidates, 1))
+    else:
+        law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     # Where all candidates are accepted the difference is rounding, of either sign.
@@ -121,7 +130,8 @@ def check_exact(problem: StoppingProblem, spec: PolicySpec) -> None:
         ValueError: if acceptances are continuous and the rule looks at them.
     """
     process = problem.acceptance
-    if not process.finite and not isinstance(spec.policy, (FixedLength, Oracle)):
+    hidden = isinstance(process, Observed)
+    if not process.finite and not hidden and not isinstance(spec.policy, (FixedLength, Oracle)):
         raise ValueError(
             f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
         )
@@ -196,6 +206,62 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
         next_start += (into * (1.0 - accept)) @ rejection
         states = _branch(problem.transition, accept, states)
     return RoundLaw(emitted, time, drafted, next_start)
+
+
+def hidden_law(problem: FiniteProblem, observation: Float[np.ndarray, "Z O"], policy: Policy) -> RoundLaw:
+    """What one round with hidden regimes earns, exactly, by walking the histories of symbols the rule drafts on.
+
+    Raises:
+        ValueError: if the rule keeps state, needs what a problem with hidden regimes does not show, is made for other
+            symbols, or goes on along too many histories.
+    """
+    if isinstance(policy, (FixedLength, Oracle)):  # they do not look
+        return round_law(problem, policy)
+    name, follows = label(policy), isinstance(policy, BeliefRule)
+    check_symbols(name, policy, observation.shape[1])
+    missing = needs(policy) - {"survival", "next_accept_prob", "symbol"}
+    if missing:
+        raise ValueError(f"policy {name!r} needs {min(missing)}, which a problem with hidden regimes does not show")
+    if type(policy).end_round is not Policy.end_round and not follows:
+        raise ValueError(f"policy {name!r} remembers past rounds; simulate it instead")
+    state, depth = policy.init(), problem.max_candidates
+    points, mass, symbol = np.tile(problem.initial, 2)[None], np.ones(1), np.full(1, -1)
+    emitted, time, drafted = 1.0, 0.0, 0.0
+    for k in range(depth + 1):
+        stops = np.ones(len(mass), dtype=bool)
+        if k < depth:
+            shown = Observation(
+                num_candidates=k,
+                survival=belief.survival(points),
+                next_accept_prob=belief.next_accept_prob(problem, k, points),
+                symbol=symbol,
+            )
+            new_state, answer = policy.stop(state, shown)
+            if new_state is not state and not follows:
+                raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
+            state, stops = new_state, np.broadcast_to(np.asarray(answer, dtype=bool), stops.shape)
+        time += problem.verify_time[k] * mass[stops].sum()
+        on = np.flatnonzero(~stops)
+        if len(on) == 0:
+            break
+        if len(on) * observation.shape[1] * points.shape[1] > MAX_BRANCHES:
+            raise ValueError(
+                f"policy {name!r}: drafts on along too many histories for exact evaluation ({len(on)} at k = {k}); "
+                "simulate it instead"
+            )
+        grown = belief.branch(problem, observation, k, points[on])
+        time += problem.draft_time * mass[on].sum()
+        drafted += mass[on].sum()
+        emitted += mass[on] @ grown.gain
+        parent, symbol = np.nonzero(grown.chance)
+        points, mass = grown.point[parent, symbol], mass[on][parent] * grown.chance[parent, symbol]
+        # What the rule keeps of the history, or reads of its end, may not be mixed up either.
+        kept = [part[on][parent] for part in state] if follows else []
+        last = [symbol[:, None]] if "symbol" in needs(policy) else []
+        first, group = belief.merge(np.concatenate([points, *kept, *last], axis=1))
+        points, symbol, mass = points[first], symbol[first], np.bincount(group, mass)
+        state = tuple(part[first] for part in kept) if follows else state
+    return RoundLaw(*(np.array([part]) for part in (emitted, time, drafted)), next_start=np.zeros((1, 0)))
 
 
 class _States(NamedTuple):

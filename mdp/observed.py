@@ -46,8 +46,8 @@ FINEST_CELL = 16
 """Cells have sides 2^-16 at the finest."""
 
 NEGLIGIBLE_GAP = 1e-13
-MAX_PAIRS, WORTH_A_PAIR = 256, 1e-12
-"""Pairs kept per depth; the gain, probability included, for which one more is kept."""
+MAX_PAIRS, MAX_NUMBERS, WORTH_A_PAIR = 256, 2**18, 1e-12
+"""Pairs kept per depth, and numbers in all of them; the gain, probability included, for which one more is kept."""
 
 
 class Found(NamedTuple):
@@ -77,6 +77,7 @@ class _Layer(NamedTuple):
 class _Valued(NamedTuple):
     """The start of a round at one rate: the rule from below, the worth from above, and the pairs of each depth."""
 
+    rate: float
     emitted: float
     time: float
     drafted: float
@@ -97,7 +98,7 @@ def solve_hidden(
     unseen = blind(problem, 0)
     emitted = np.append(1.0, 1.0 + unseen.emitted @ problem.initial)
     rate = float((emitted / (problem.verify_time[0] + np.append(0.0, unseen.time))).max())
-    best = _Valued(0.0, 1.0, 0.0, 0.0, [])
+    best = _Valued(rate, 0.0, 1.0, 0.0, 0.0, [])
     lower, upper, allowed, steps, most = 0.0, np.inf, min(limit, FIRST_LIMIT), 0, 0
     while True:
         layers, short = _grow(problem, observation, rate, allowed, tol * rate * problem.round_time.min() / 4)
@@ -119,7 +120,7 @@ def solve_hidden(
         rate = max(found, rate)
     return Found(
         best.emitted / best.time, (float(lower), float(upper)), (best.emitted, best.time, best.drafted),
-        _rule(problem, observation, rate, best.pairs), bool(upper - lower <= tol * lower), steps, most,
+        _rule(problem, observation, best), bool(upper - lower <= tol * lower), steps, most,
     )  # fmt: skip
 
 
@@ -205,7 +206,7 @@ def _value(problem: FiniteProblem, observation: np.ndarray, layers: list[_Layer]
             hope = layer.gain - rate * step_time[k] + (layer.chance * above[layer.child]).sum(axis=1)
             ceiling[opened] = np.minimum(ceiling[opened], np.maximum(hope, 0.0))
             _close_up(problem, visible, k, layer, rules, worth, ceiling)
-        pairs.append(_cover(rules, worth, layer, rate))
+        pairs.append(_cover(rules, worth, layer, rate, min(MAX_PAIRS, max(MAX_NUMBERS // (depth * size), 1))))
         stops = worth < 0
         rules[stops] = 0.0
         later, above = rules, ceiling
@@ -213,7 +214,7 @@ def _value(problem: FiniteProblem, observation: np.ndarray, layers: list[_Layer]
     emitted, time, drafted = (float(part @ root[at]) for part, at in
                               zip(later[0], (slice(size), slice(size, None), slice(size, None)), strict=True))  # fmt: skip
     start = problem.verify_time[0]
-    return _Valued(1.0 + emitted, start + time, drafted, 1.0 + float(above[0]) - rate * start, pairs[::-1])
+    return _Valued(rate, 1.0 + emitted, start + time, drafted, 1.0 + float(above[0]) - rate * start, pairs[::-1])
 
 
 def _worth(rules: np.ndarray, points: np.ndarray, rate: float) -> np.ndarray:
@@ -251,13 +252,13 @@ def _close_up(problem, visible: Seen, k: int, layer: _Layer, rules, worth, ceili
         rules[todo[better]], worth[todo[better]] = rules[one[better]], earned[better]
 
 
-def _cover(rules: np.ndarray, worth: np.ndarray, layer: _Layer, rate: float) -> np.ndarray:
+def _cover(rules: np.ndarray, worth: np.ndarray, layer: _Layer, rate: float, most: int) -> np.ndarray:
     """Few of the rules [p, 3, Z] that are worth as much as each point's own, or at least continue where it does."""
     on = np.flatnonzero(worth >= 0)
     rules, worth, points, mass = rules[on], worth[on], layer.points[on], layer.mass[on]
     size = points.shape[1] // 2
     best, chosen = np.full(len(on), -np.inf), []
-    while len(chosen) < MAX_PAIRS and len(on):
+    while len(chosen) < most and len(on):
         missing = mass * (worth - np.maximum(best, 0.0))
         pick = int(missing.argmax())
         if missing[pick] <= WORTH_A_PAIR:
@@ -271,13 +272,13 @@ def _cover(rules: np.ndarray, worth: np.ndarray, layer: _Layer, rate: float) -> 
     return np.reshape(chosen, (-1, 3, size))
 
 
-def _rule(problem: FiniteProblem, observation: np.ndarray, rate: float, pairs: list[np.ndarray]) -> BeliefRule:
+def _rule(problem: FiniteProblem, observation: np.ndarray, best: _Valued) -> BeliefRule:
     """The rule that the pairs make; where a depth has none, one that is worth -1 stands in."""
     depth, size = problem.accept_prob.shape
-    width = max(1, *(len(part) for part in pairs))
+    width = max(1, *(len(part) for part in best.pairs))
     emitted, price = np.zeros((depth, width, size)), np.ones((depth, width, size))
-    for k, part in enumerate(pairs[:depth]):
-        emitted[k, : len(part)], price[k, : len(part)] = part[:, 0], rate * part[:, 1]
+    for k, part in enumerate(best.pairs[:depth]):
+        emitted[k, : len(part)], price[k, : len(part)] = part[:, 0], best.rate * part[:, 1]
     nothing = np.ones((1, size))
     seen_then = np.concatenate([observation.T, nothing])
     kept_then = np.concatenate([observation.T * problem.accept_prob[0], nothing])

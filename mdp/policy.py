@@ -225,8 +225,8 @@ class PolicySpec:
         return self.policy is None
 
 
-def load_table(path: str | Path) -> ThresholdTable:
-    """Read the policy from a saved solution: one JSON line of `specstop solve --json`.
+def load_table(path: str | Path) -> ThresholdTable | BeliefRule:
+    """Read the policy from a saved solution, one JSON line of `specstop solve --json`: its table or its belief rule.
 
     Raises:
         ValueError: if the file is no such solution; the message names the file.
@@ -241,13 +241,35 @@ def load_table(path: str | Path) -> ThresholdTable:
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise ValueError(f"policy: {path}: larger than {MAX_TABLE_BYTES} bytes")
     try:
-        rows = json.loads(path.read_text())["survival_threshold"]
+        saved = json.loads(path.read_text())
+        rule, rows = saved.get("belief_rule"), saved["survival_threshold"] or []
+        arrays = rule and {f.name: np.array(rule[f.name], dtype=float) for f in fields(BeliefRule)}
         table = np.array([[np.inf if cell is None else cell for cell in row] for row in rows], dtype=float)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"policy: {path}: not a saved solution (one line of solve --json)") from error
+    if arrays:
+        return _belief_rule(path, arrays)
     if table.ndim != 2 or table.size == 0 or np.isnan(table).any() or (table < 0).any():
         raise ValueError(f"policy: {path}: survival_threshold must be K rows of Z numbers >= 0 or null")
     return ThresholdTable(table)
+
+
+def _belief_rule(path: Path, arrays: dict[str, np.ndarray]) -> BeliefRule:
+    """The rule for hidden regimes that these arrays make.
+
+    Raises:
+        ValueError: if their shapes do not fit together, or a number is negative or not finite.
+    """
+    rule, parts = BeliefRule(**arrays), list(arrays.values())
+    size, symbols = rule.initial.size, len(rule.likelihood)
+    shapes = [(size,), (size, size), (symbols, size), (symbols, size), rule.emitted.shape, rule.emitted.shape]
+    fits = rule.emitted.ndim == 3 and rule.emitted.shape[2] == size > 0 and rule.emitted.size and symbols > 1
+    if not fits or [part.shape for part in parts] != shapes:
+        raise ValueError(f"policy: {path}: belief_rule: its arrays do not fit together")
+    # A price may be negative: where T(k) dips, drafting on saves time.
+    if not all(np.isfinite(part).all() for part in parts) or any((part < 0).any() for part in parts[:5]):
+        raise ValueError(f"policy: {path}: belief_rule: its numbers must be finite and >= 0 (price: finite)")
+    return rule
 
 
 def parse(text: str) -> PolicySpec:

@@ -20,7 +20,7 @@ $\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge 
 and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half for $\rho$; the bias
 is taken as it is).
 
-*Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
+*Hidden regimes* have a method of their own, `mdp.observed`. *Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
 one, the upper bound that of the upper one.
 
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
@@ -37,11 +37,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdp.acceptance import Observed
 from mdp.certificate import certificate
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.knots import Grid, even_and_kinks, place
 from mdp.lattice import Rules
-from mdp.policy import ThresholdTable
+from mdp.observed import solve_hidden
+from mdp.policy import BeliefRule, ThresholdTable
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 
@@ -66,7 +68,7 @@ class SolveStatus(enum.Enum):
     successful = ""
     max_steps_reached = (
         "The bounds on the throughput or the thresholds did not close. Raise `max_knots`, or loosen `tol`; "
-        "many regimes with long rounds and nearly deterministic chains need the most knots."
+        "hidden regimes with many symbols and long rounds, or many regimes with long rounds and nearly deterministic chains need the most knots."
     )
 
 
@@ -77,10 +79,12 @@ class Solution:
     Attributes:
         throughput: rho*, tokens per unit time; `speedup` = throughput * V(0).
         bounds: proven lower and upper bound on the best throughput of any policy.
-        survival_threshold: [K, Z]; CONTINUE iff survival >= threshold, inf = STOP at every survival.
+        survival_threshold: [K, Z]; CONTINUE iff survival >= threshold, inf = STOP at every survival. None if regimes
+            are hidden: then `belief_rule` says when to stop.
         bias: [Z] relative value of each start regime in tokens; zeros if rounds renew.
         block_efficiency, verification_rate, discard_rate, mean_candidates: of the policy found; for a continuous
-            process, what they are in the finite problem that bounds it from below.
+            process, what they are in the finite problem that bounds it from below; with hidden regimes, of the rule
+            behind the lower bound.
         status: `successful`, or why not, with advice.
         num_sweeps, num_knots: backward inductions done in all, and knots per depth in the last pass.
         seconds: wall time, compilation included.
@@ -89,7 +93,7 @@ class Solution:
     throughput: float
     speedup: float
     bounds: tuple[float, float]
-    survival_threshold: np.ndarray
+    survival_threshold: np.ndarray | None
     bias: np.ndarray
     block_efficiency: float
     verification_rate: float
@@ -99,19 +103,25 @@ class Solution:
     num_sweeps: int
     num_knots: int
     seconds: float
+    belief_rule: BeliefRule | None = None
 
     @property
-    def policy(self) -> ThresholdTable:
-        """The stopping rule, for `evaluate`, `simulate`, `replay` and live decoding."""
+    def policy(self) -> ThresholdTable | BeliefRule:
+        """The stopping rule, for `evaluate`, `simulate`, and where regimes are seen `replay` and live decoding."""
+        if self.belief_rule is not None:
+            return self.belief_rule
+        assert self.survival_threshold is not None
         return ThresholdTable(self.survival_threshold)
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON of `specstop solve --json`; null stands for STOP at every survival."""
-        table = [[None if np.isinf(cell) else float(cell) for cell in row] for row in self.survival_threshold]
+        """The JSON of `specstop solve --json`; null stands for STOP at every survival, or for the whole table."""
+        rows = self.survival_threshold
+        table = None if rows is None else [[None if np.isinf(cell) else float(cell) for cell in row] for row in rows]
+        rule = {} if self.belief_rule is None else {"belief_rule": self.belief_rule.to_dict()}
         names = ("block_efficiency", "verification_rate", "discard_rate", "mean_candidates")
         return {"status": self.status.name, "throughput": self.throughput, "speedup": self.speedup,
                 "bounds": list(self.bounds), "survival_threshold": table,
-                **{name: getattr(self, name) for name in names}, "seconds": self.seconds}  # fmt: skip
+                **{name: getattr(self, name) for name in names}, "seconds": self.seconds, **rule}  # fmt: skip
 
 
 class _Result(NamedTuple):
@@ -180,7 +190,8 @@ def solve(
     Args:
         problem: any problem, renewal or persistent.
         tol: relative width of the bounds that counts as solved.
-        max_knots: most knots per depth before giving up with status `max_steps_reached`.
+        max_knots: most knots per depth before giving up with status `max_steps_reached`; with hidden regimes, most
+            points of belief that are opened.
         max_sweeps: most backward inductions in one pass.
 
     Returns:
@@ -203,6 +214,8 @@ def solve(
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
+    if isinstance(problem, StoppingProblem) and isinstance(problem.acceptance, Observed):
+        return _hidden(_in_units(finite, unit), problem.acceptance, unit, tol, max_knots, start)
     if isinstance(problem, StoppingProblem) and not problem.acceptance.finite:
         bracketed = _enclosed if problem.acceptance.num_regimes is None else _bracketed
         found, closed = bracketed(problem, unit, tol, max_knots, max_sweeps)
@@ -223,6 +236,26 @@ def solve(
         num_sweeps=found.num_sweeps,
         num_knots=found.num_knots,
         seconds=time.perf_counter() - start,
+    )
+
+
+def _hidden(finite: FiniteProblem, process: Observed, unit: float, tol: float, limit: int, start: float) -> Solution:
+    """Hidden regimes have a solver of their own (`mdp.observed`)."""
+    found = solve_hidden(finite, process.observation, tol=tol, limit=limit)
+    emitted, _, drafted = found.tally
+    throughput = float(np.clip(found.rate, *found.bounds)) / unit
+    return Solution(
+        throughput=throughput,
+        speedup=throughput * unit * float(finite.verify_time[0]),
+        bounds=(found.bounds[0] / unit, found.bounds[1] / unit),
+        survival_threshold=None,
+        bias=np.zeros(finite.num_regimes),
+        **_per_round(emitted, drafted),
+        status=SolveStatus.successful if found.closed else SolveStatus.max_steps_reached,
+        num_sweeps=found.num_steps,
+        num_knots=found.opened,
+        seconds=time.perf_counter() - start,
+        belief_rule=found.rule,
     )
 
 
@@ -389,7 +422,10 @@ def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
     found, law = result.sweep, arrays.initial
     if arrays.bonus is not None:  # several classes tie if all of them are optimal: any one will do
         law = stationary_law(found.next_start, recurrent_classes(found.next_start, law)[0])
-    emitted, drafted = float(law @ found.emitted), float(law @ found.drafted)
+    return _per_round(float(law @ found.emitted), float(law @ found.drafted))
+
+
+def _per_round(emitted: float, drafted: float) -> dict[str, float]:
     return {
         "block_efficiency": emitted,
         "verification_rate": 1.0 / emitted,
