@@ -99,14 +99,15 @@ class LogitAR(AcceptanceProcess):
     $x_0 \sim N(m, \sigma^2)$ is seen at the round's start, $x_i = m + \phi (x_{i-1} - m) + s \varepsilon_i$ with
     $s = \sigma \sqrt{1 - \phi^2}$, so that every $x_i$ has the law of $x_0$ and neighbours have correlation $\phi$.
 
-    Let $v = e^{-x}$, the odds of rejection, $a = 1/(1 + v)$; $J_k(v, S)$ the best value of a round from depth k on at any
-    rate (`mdp.price`) and $G_k(v, S) = Sa + J_{k+1}(v, Sa)$ what a candidate of odds v is worth.
+    Let $v = e^{-x}$ be the odds of rejection, $a = 1/(1 + v)$; $J_k(v, S)$ the best value of a round from depth k on at
+    any rate (`mdp.price`), and $G_k(v, S) = Sa + J_{k+1}(v, Sa)$ what a candidate of odds v is worth.
 
     *Claim.* $J_k$ and $G_k$ are convex and non-increasing in v for every S. *Proof.* A stopping rule reads the
     innovations. For one such rule the time does not depend on v, and the tokens are a sum of means of products of
-    $a(x_j)$, where $x_j = \phi^j x + \text{noise}$, so that $a(x_j) = 1/(1 + w v^p)$ with $w > 0$, $p = \phi^j \in [0, 1]$.
-    The derivative of $-\log(1 + w v^p)$ is $-p/(v + v^{1-p}/w)$, which increases: factors are log-convex, hence so are
-    products, and log-convex functions are convex. Sums, means and suprema over rules keep that. $\square$
+    $a(x_j)$, where $x_j = \phi^j x + \text{noise}$, so that $a(x_j) = 1/(1 + w v^p)$ with $w > 0$ and
+    $p = \phi^j \in [0, 1]$. The derivative of $-\log(1 + w v^p)$ is $-p/(v + v^{1-p}/w)$, which increases: factors are
+    log-convex, hence so are products, and log-convex functions are convex. Sums, means and suprema over rules keep
+    that. $\square$
 
     So a chain encloses the process if each row's law of $v'$ is replaced by one on nodes that is larger, or smaller, in
     the mean of every convex decreasing function; that is, whose put $\pi(t) = E[(t - v')^+]$ is larger, or smaller, at
