@@ -59,10 +59,19 @@ class BetaMixture(AcceptanceProcess):
         """Every acceptance at its mean."""
         return _draws(np.array([self.mean]), np.ones(1), max_candidates)
 
+    @property
+    def sure(self) -> bool:
+        """Whether every acceptance is 0, or every one is 1."""
+        return min(self.shapes) == 0.0
+
+    def below(self, value: Float[np.ndarray, "..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+        """$P(a < x)$ and $E[a; a < x]$, unless they are `sure`."""
+        first, second = self.shapes
+        return special.betainc(first, second, value), self.mean * special.betainc(first + 1, second, value)
+
     def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled:
         """By inverse CDF: each coin is the probability of a lesser acceptance."""
-        sure = min(self.shapes) == 0.0
-        drawn = np.full(np.shape(coins), self.mean) if sure else special.betaincinv(*self.shapes, coins)
+        drawn = np.full(np.shape(coins), self.mean) if self.sure else special.betaincinv(*self.shapes, coins)
         return Sampled(drawn, np.zeros_like(drawn))
 
     def expected_next(self, state: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -70,13 +79,12 @@ class BetaMixture(AcceptanceProcess):
 
     def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
         first, second = self.shapes
-        if min(first, second) == 0.0:
+        if self.sure:
             chain = self.unseen(max_candidates)
             return chain, chain
         shares = np.linspace(0.0, 1.0, cells + 1)
         ends = np.unique(np.r_[0.0, special.betaincinv((first + 2) / 3, (second + 2) / 3, shares), 1.0])
-        mass = np.diff(special.betainc(first, second, ends))
-        moment = self.mean * np.diff(special.betainc(first + 1, second, ends))
+        mass, moment = (np.diff(part) for part in self.below(ends))
         left, right = ends[:-1], ends[1:]
         centre = np.clip(moment / np.where(mass > 0, mass, 1.0), left, right)
         to_right = mass * (centre - left) / (right - left)

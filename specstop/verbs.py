@@ -28,8 +28,8 @@ MOST_COLUMNS = 9
 """Regimes whose thresholds are printed; a table has one column for each."""
 
 POLICY_COLUMNS = (
-    "policy", "signal", "throughput", "throughput_se", "throughput_interval", "speedup", "block_efficiency",
-    "verification_rate", "discard_rate", "mean_candidates", "gap",
+    "policy", "signal", "throughput", "throughput_bounds", "throughput_se", "throughput_interval", "speedup",
+    "block_efficiency", "verification_rate", "discard_rate", "mean_candidates", "gap",
 )  # fmt: skip
 
 DECODE_COLUMNS = (
