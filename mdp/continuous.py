@@ -59,10 +59,19 @@ class BetaMixture(AcceptanceProcess):
         """Every acceptance at its mean."""
         return _draws(np.array([self.mean]), np.ones(1), max_candidates)
 
+    @property
+    def sure(self) -> bool:
+        """Whether every acceptance is 0, or every one is 1."""
+        return min(self.shapes) == 0.0
+
+    def below(self, value: Float[np.ndarray, "..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+        """$P(a < x)$ and $E[a; a < x]$, unless they are `sure`."""
+        first, second = self.shapes
+        return special.betainc(first, second, value), self.mean * special.betainc(first + 1, second, value)
+
     def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled:
         """By inverse CDF: each coin is the probability of a lesser acceptance."""
-        sure = min(self.shapes) == 0.0
-        drawn = np.full(np.shape(coins), self.mean) if sure else special.betaincinv(*self.shapes, coins)
+        drawn = np.full(np.shape(coins), self.mean) if self.sure else special.betaincinv(*self.shapes, coins)
         return Sampled(drawn, np.zeros_like(drawn))
 
     def expected_next(self, state: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -70,13 +79,12 @@ class BetaMixture(AcceptanceProcess):
 
     def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
         first, second = self.shapes
-        if min(first, second) == 0.0:
+        if self.sure:
             chain = self.unseen(max_candidates)
             return chain, chain
         shares = np.linspace(0.0, 1.0, cells + 1)
         ends = np.unique(np.r_[0.0, special.betaincinv((first + 2) / 3, (second + 2) / 3, shares), 1.0])
-        mass = np.diff(special.betainc(first, second, ends))
-        moment = self.mean * np.diff(special.betainc(first + 1, second, ends))
+        mass, moment = (np.diff(part) for part in self.below(ends))
         left, right = ends[:-1], ends[1:]
         centre = np.clip(moment / np.where(mass > 0, mass, 1.0), left, right)
         to_right = mass * (centre - left) / (right - left)
@@ -99,14 +107,15 @@ class LogitAR(AcceptanceProcess):
     $x_0 \sim N(m, \sigma^2)$ is seen at the round's start, $x_i = m + \phi (x_{i-1} - m) + s \varepsilon_i$ with
     $s = \sigma \sqrt{1 - \phi^2}$, so that every $x_i$ has the law of $x_0$ and neighbours have correlation $\phi$.
 
-    Let $v = e^{-x}$, the odds of rejection, $a = 1/(1 + v)$; $J_k(v, S)$ the best value of a round from depth k on at any
-    rate (`mdp.price`) and $G_k(v, S) = Sa + J_{k+1}(v, Sa)$ what a candidate of odds v is worth.
+    Let $v = e^{-x}$ be the odds of rejection, $a = 1/(1 + v)$; $J_k(v, S)$ the best value of a round from depth k on at
+    any rate (`mdp.price`), and $G_k(v, S) = Sa + J_{k+1}(v, Sa)$ what a candidate of odds v is worth.
 
     *Claim.* $J_k$ and $G_k$ are convex and non-increasing in v for every S. *Proof.* A stopping rule reads the
     innovations. For one such rule the time does not depend on v, and the tokens are a sum of means of products of
-    $a(x_j)$, where $x_j = \phi^j x + \text{noise}$, so that $a(x_j) = 1/(1 + w v^p)$ with $w > 0$, $p = \phi^j \in [0, 1]$.
-    The derivative of $-\log(1 + w v^p)$ is $-p/(v + v^{1-p}/w)$, which increases: factors are log-convex, hence so are
-    products, and log-convex functions are convex. Sums, means and suprema over rules keep that. $\square$
+    $a(x_j)$, where $x_j = \phi^j x + \text{noise}$, so that $a(x_j) = 1/(1 + w v^p)$ with $w > 0$ and
+    $p = \phi^j \in [0, 1]$. The derivative of $-\log(1 + w v^p)$ is $-p/(v + v^{1-p}/w)$, which increases: factors are
+    log-convex, hence so are products, and log-convex functions are convex. Sums, means and suprema over rules keep
+    that. $\square$
 
     So a chain encloses the process if each row's law of $v'$ is replaced by one on nodes that is larger, or smaller, in
     the mean of every convex decreasing function; that is, whose put $\pi(t) = E[(t - v')^+]$ is larger, or smaller, at

@@ -11,10 +11,10 @@ must be unique: a rule that splits the start regimes into several recurrent clas
 
 The oracle needs no tree: it stops after k candidates if and only if exactly k would be accepted.
 
-With hidden regimes the round is a tree of symbol histories, merged where they agree in what can be known
-(`mdp.belief`), down to where the rule stops.
+With hidden regimes the round is a tree of symbol histories (`mdp.histories`).
 
-Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
+Of continuous acceptances only the mean matters to a fixed length and to the oracle. Where they are drawn afresh, a
+threshold in survival is enclosed between two roundings (`mdp.rounded`); other rules are refused.
 """
 
 from dataclasses import dataclass
@@ -23,18 +23,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from mdp import belief
 from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
-from mdp.entrants import check_symbols, fit_depth, label, needs, read
+from mdp.continuous import BetaMixture
+from mdp.entrants import fit_depth, label, needs, read
+from mdp.histories import histories_law
 from mdp.metrics import Tally
-from mdp.policy import BeliefRule, FixedLength, Observation, Oracle, Policy, PolicySpec
+from mdp.policy import (
+    FixedLength,
+    LookaheadThreshold,
+    Observation,
+    Oracle,
+    Policy,
+    PolicySpec,
+    RejectionThreshold,
+    ThresholdTable,
+)
 from mdp.problem import FiniteProblem, StoppingProblem
+from mdp.rounded import enclose
 
-__all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "hidden_law", "long_run", "round_law"]
+__all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "long_run", "round_law"]
 
 MAX_STATES = 5_000_000
-MAX_BRANCHES = 20_000_000  # numbers in the points that one depth of a tree of symbols leads to
+WIDEST = 1e-3  # relative width of an enclosure that still is a value
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
@@ -53,12 +64,14 @@ class Evaluation:
     """Exact long-run figures of one policy; `tally` holds expectations per round.
 
     `bounds` are those of the best policy, if they are known; then `gap` = 1 - throughput / bound for each.
+    `throughput_bounds` are proven bounds on this policy's own throughput where its value is enclosed, not exact.
     """
 
     policy: str
     tally: Tally
     speedup: float
     bounds: tuple[float, float] | None = None
+    throughput_bounds: tuple[float, float] | None = None
 
     @property
     def throughput(self) -> float:
@@ -75,7 +88,9 @@ class Evaluation:
         names = ("block_efficiency", "verification_rate", "discard_rate", "mean_candidates")
         return {"policy": self.policy, "throughput": self.throughput, "speedup": self.speedup,
                 **{name: float(getattr(self.tally, name)) for name in names},
-                "gap": None if self.gap is None else list(self.gap)}  # fmt: skip
+                "gap": None if self.gap is None else list(self.gap),
+                **({} if self.throughput_bounds is None else {"throughput_bounds": list(self.throughput_bounds)}),
+                }  # fmt: skip
 
 
 def evaluate(
@@ -84,7 +99,7 @@ def evaluate(
     """Exact throughput and rates of `policy` on `problem`.
 
     Args:
-        problem: a finite problem.
+        problem: finite, or continuous for the rules that `check_exact` lets pass.
         policy: a policy string, or a rule without memory between rounds.
         solution: of `mdp.solve` for the same problem; supplies the rule for `optimal` and the gap.
 
@@ -110,10 +125,15 @@ def evaluate(
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
-    if isinstance(problem, StoppingProblem) and isinstance(problem.acceptance, Observed):
-        law = hidden_law(finite, problem.acceptance.observation, fit_depth(spec.text, rule, finite.max_candidates, 1))
+    process = problem.acceptance if isinstance(problem, StoppingProblem) else None
+    hidden = process if isinstance(process, Observed) else None
+    rule = fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes if hidden is None else 1)
+    if isinstance(problem, StoppingProblem) and _looks(problem, spec):
+        return _enclosed(problem, spec.text, rule, None if solution is None else solution.bounds)
+    if hidden is not None and not isinstance(rule, (FixedLength, Oracle)):  # those do not look
+        law = RoundLaw(*histories_law(finite, hidden.observation, rule), next_start=np.zeros((1, 0)))
     else:
-        law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
+        law = round_law(finite, rule)
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     # Where all candidates are accepted the difference is rounding, of either sign.
@@ -127,14 +147,50 @@ def check_exact(problem: StoppingProblem, spec: PolicySpec) -> None:
     """Refuse, before any work, a rule that has no exact value on the problem.
 
     Raises:
-        ValueError: if acceptances are continuous and the rule looks at them.
+        ValueError: if acceptances are continuous and the rule looks at them, other than at survival where they are
+            drawn afresh.
     """
-    process = problem.acceptance
-    hidden = isinstance(process, Observed)
-    if not process.finite and not hidden and not isinstance(spec.policy, (FixedLength, Oracle)):
+    if not _looks(problem, spec):
+        return
+    kind, thresholds = problem.acceptance.kind, (RejectionThreshold, LookaheadThreshold, ThresholdTable)
+    if not isinstance(problem.acceptance, BetaMixture):
         raise ValueError(
-            f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
+            f"policy {spec.text!r}: on {kind} only fixed and oracle have an exact value; simulate it instead"
         )
+    if spec.policy is not None and not isinstance(spec.policy, thresholds):
+        raise ValueError(f"policy {spec.text!r}: on {kind} only thresholds in survival can be enclosed; simulate it")
+
+
+def _looks(problem: StoppingProblem, spec: PolicySpec) -> bool:
+    """Whether acceptances are continuous and the rule may look at them."""
+    process = problem.acceptance
+    known = process.finite or isinstance(process, Observed) or (isinstance(process, BetaMixture) and process.sure)
+    return not known and not isinstance(spec.policy, (FixedLength, Oracle))
+
+
+def _enclosed(problem: StoppingProblem, text: str, rule: Policy, bounds: tuple[float, float] | None) -> Evaluation:
+    """A threshold in survival on acceptances drawn afresh: the middle of its enclosure."""
+    process, finite = problem.acceptance, problem.unseen()
+    assert isinstance(process, BetaMixture)
+    if isinstance(rule, ThresholdTable):
+        threshold = rule.survival_threshold[:, 0]
+    else:
+        assert isinstance(rule, (RejectionThreshold, LookaheadThreshold))
+        scale = process.mean if isinstance(rule, LookaheadThreshold) else 1.0
+        level = 1.0 - rule.threshold
+        threshold = np.full(finite.max_candidates, level / scale if scale > 0 else np.inf if level > 0 else 0.0)
+    found = enclose(process, threshold, finite.round_time)
+    lower, upper = found.emitted[0] / found.time[1], found.emitted[1] / found.time[0]
+    if upper - lower > WIDEST * lower:
+        raise ValueError(
+            f"policy {text!r}: its throughput is only known to lie in [{lower:.6g}, {upper:.6g}], relative width "
+            f"{upper / lower - 1.0:.1e}; simulate it instead"
+        )
+    emitted, drafted, time = (float(part.mean()) for part in (found.emitted, found.drafted, found.time))
+    tally = Tally(num_target_calls=1.0, num_drafted=drafted, num_emitted=emitted,
+                  num_discarded=max(drafted - (emitted - 1.0), 0.0), num_cut=0.0, time=time)  # fmt: skip
+    speedup = float(tally.throughput) * float(finite.verify_time[0])
+    return Evaluation(text, tally, speedup, bounds, (float(lower), float(upper)))
 
 
 def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Float[np.ndarray, " Z"]:
@@ -206,62 +262,6 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
         next_start += (into * (1.0 - accept)) @ rejection
         states = _branch(problem.transition, accept, states)
     return RoundLaw(emitted, time, drafted, next_start)
-
-
-def hidden_law(problem: FiniteProblem, observation: Float[np.ndarray, "Z O"], policy: Policy) -> RoundLaw:
-    """What one round with hidden regimes earns, exactly, by walking the histories of symbols the rule drafts on.
-
-    Raises:
-        ValueError: if the rule keeps state, needs what a problem with hidden regimes does not show, is made for other
-            symbols, or goes on along too many histories.
-    """
-    if isinstance(policy, (FixedLength, Oracle)):  # they do not look
-        return round_law(problem, policy)
-    name, follows = label(policy), isinstance(policy, BeliefRule)
-    check_symbols(name, policy, observation.shape[1])
-    missing = needs(policy) - {"survival", "next_accept_prob", "symbol"}
-    if missing:
-        raise ValueError(f"policy {name!r} needs {min(missing)}, which a problem with hidden regimes does not show")
-    if type(policy).end_round is not Policy.end_round and not follows:
-        raise ValueError(f"policy {name!r} remembers past rounds; simulate it instead")
-    state, depth = policy.init(), problem.max_candidates
-    points, mass, symbol = np.tile(problem.initial, 2)[None], np.ones(1), np.full(1, -1)
-    emitted, time, drafted = 1.0, 0.0, 0.0
-    for k in range(depth + 1):
-        stops = np.ones(len(mass), dtype=bool)
-        if k < depth:
-            shown = Observation(
-                num_candidates=k,
-                survival=belief.survival(points),
-                next_accept_prob=belief.next_accept_prob(problem, k, points),
-                symbol=symbol,
-            )
-            new_state, answer = policy.stop(state, shown)
-            if new_state is not state and not follows:
-                raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
-            state, stops = new_state, np.broadcast_to(np.asarray(answer, dtype=bool), stops.shape)
-        time += problem.verify_time[k] * mass[stops].sum()
-        on = np.flatnonzero(~stops)
-        if len(on) == 0:
-            break
-        if len(on) * observation.shape[1] * points.shape[1] > MAX_BRANCHES:
-            raise ValueError(
-                f"policy {name!r}: drafts on along too many histories for exact evaluation ({len(on)} at k = {k}); "
-                "simulate it instead"
-            )
-        grown = belief.branch(problem, observation, k, points[on])
-        time += problem.draft_time * mass[on].sum()
-        drafted += mass[on].sum()
-        emitted += mass[on] @ grown.gain
-        parent, symbol = np.nonzero(grown.chance)
-        points, mass = grown.point[parent, symbol], mass[on][parent] * grown.chance[parent, symbol]
-        # What the rule keeps of the history, or reads of its end, may not be mixed up either.
-        kept = [part[on][parent] for part in state] if follows else []
-        last = [symbol[:, None]] if "symbol" in needs(policy) else []
-        first, group = belief.merge(np.concatenate([points, *kept, *last], axis=1))
-        points, symbol, mass = points[first], symbol[first], np.bincount(group, mass)
-        state = tuple(part[first] for part in kept) if follows else state
-    return RoundLaw(*(np.array([part]) for part in (emitted, time, drafted)), next_start=np.zeros((1, 0)))
 
 
 class _States(NamedTuple):

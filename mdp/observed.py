@@ -113,7 +113,11 @@ def solve_hidden(
         upper = min(upper, certificate(rate, 0.0, ceiling, problem.round_time, 0.0, problem.num_regimes)[1])
         still = found <= rate * (1.0 + 1e-15)
         # What is closed stays so; a small tree is worth another step, it may end exact.
-        if steps >= max_steps or (still and (not short or allowed == limit)) or (short and upper - lower <= tol * lower):
+        if (
+            steps >= max_steps
+            or (still and (not short or allowed == limit))
+            or (short and upper - lower <= tol * lower)
+        ):
             break
         if short and found - rate <= 1e-4 * rate:  # a finer tree will move the rate more than another step
             allowed = min(limit, 8 * allowed)
@@ -155,7 +159,9 @@ def _grow(problem: FiniteProblem, observation: np.ndarray, rate: float, limit: i
         flat = grown.point.reshape(-1, 2 * size)
         first, group = merge(flat)
         weights = (mass[opened][:, None] * grown.chance).ravel()
-        layers.append(_Layer(points, mass, ceiling, opened, grown.gain, grown.chance, group.reshape(grown.chance.shape)))
+        layers.append(
+            _Layer(points, mass, ceiling, opened, grown.gain, grown.chance, group.reshape(grown.chance.shape))
+        )
         points, mass = flat[first], np.bincount(group, weights, minlength=len(first))
     return layers, short
 
@@ -174,7 +180,7 @@ def _choose(points: np.ndarray, mass: np.ndarray, gap: np.ndarray, limit: int, s
             _, first, group = np.unique(cells(points[order], bits), return_index=True, return_inverse=True)
             if len(first) <= limit:
                 break
-        pick = np.argsort(-np.bincount(group, gap[order]))[:limit]  # noqa: F821
+        pick = np.argsort(-np.bincount(group, gap[order]))[:limit]
         represents = np.bincount(group, mass[order])[pick]
         chosen = order[first[pick]]
     else:
@@ -211,8 +217,8 @@ def _value(problem: FiniteProblem, observation: np.ndarray, layers: list[_Layer]
         rules[stops] = 0.0
         later, above = rules, ceiling
     root = layers[0].points[0]
-    emitted, time, drafted = (float(part @ root[at]) for part, at in
-                              zip(later[0], (slice(size), slice(size, None), slice(size, None)), strict=True))  # fmt: skip
+    tokens, duration, candidates = later[0]
+    emitted, time, drafted = float(tokens @ root[:size]), float(duration @ root[size:]), float(candidates @ root[size:])
     start = problem.verify_time[0]
     return _Valued(rate, 1.0 + emitted, start + time, drafted, 1.0 + float(above[0]) - rate * start, pairs[::-1])
 

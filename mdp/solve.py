@@ -20,7 +20,9 @@ $\rho^* \le \rho + \hat\delta / T_{min}$ ($/ T_{max}$ if negative), $\rho^* \ge 
 and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half for $\rho$; the bias
 is taken as it is).
 
-*Hidden regimes* have a method of their own, `mdp.observed`. *Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
+*Hidden regimes* have a method of their own, `mdp.observed`.
+
+*Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
 one, the upper bound that of the upper one.
 
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
@@ -68,7 +70,8 @@ class SolveStatus(enum.Enum):
     successful = ""
     max_steps_reached = (
         "The bounds on the throughput or the thresholds did not close. Raise `max_knots`, or loosen `tol`; "
-        "hidden regimes with many symbols and long rounds, or many regimes with long rounds and nearly deterministic chains need the most knots."
+        "many regimes with long rounds and nearly deterministic chains need the most knots, hidden regimes with many "
+        "symbols and long rounds the most points. A continuous law with memory (logit_ar) closes to about 1e-5."
     )
 
 
@@ -243,11 +246,11 @@ def _hidden(finite: FiniteProblem, process: Observed, unit: float, tol: float, l
     """Hidden regimes have a solver of their own (`mdp.observed`)."""
     found = solve_hidden(finite, process.observation, tol=tol, limit=limit)
     emitted, _, drafted = found.tally
-    throughput = float(np.clip(found.rate, *found.bounds)) / unit
+    throughput = float(np.clip(found.rate, *found.bounds) / unit)
     return Solution(
         throughput=throughput,
-        speedup=throughput * unit * float(finite.verify_time[0]),
-        bounds=(found.bounds[0] / unit, found.bounds[1] / unit),
+        speedup=throughput * float(unit * finite.verify_time[0]),
+        bounds=(float(found.bounds[0] / unit), float(found.bounds[1] / unit)),
         survival_threshold=None,
         bias=np.zeros(finite.num_regimes),
         **_per_round(emitted, drafted),
