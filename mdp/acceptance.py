@@ -7,11 +7,13 @@ that every process can be had from here.
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
 
 from mdp.continuous import BetaMixture, LogitAR
 from mdp.process import (
     AcceptanceProcess,
     FiniteChain,
+    Sampled,
     StartLaws,
     distribution,
     probabilities,
@@ -124,6 +126,7 @@ class Observed(AcceptanceProcess):
     observation: np.ndarray = field(hash=False)
     kind = "observed"
     finite = False
+    hides = frozenset({"regime", "token_accept_prob"})
 
     def __post_init__(self) -> None:
         chain = MarkovModulated(self.transition, self.accept_prob, self.initial)
@@ -155,6 +158,47 @@ class Observed(AcceptanceProcess):
     def unseen(self, max_candidates: int) -> FiniteChain:
         """The chain for rules that do not look."""
         return self.visible.lower(max_candidates)
+
+    def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled:
+        """Rounds with what the symbols tell: survival given all of them, and the mean of the next acceptance.
+
+        What a coin leaves open once it has chosen the regime chooses the symbol.
+        """
+        regime, _ = _pick(self.initial[None], np.zeros(np.shape(start_coins), dtype=np.int64), start_coins)
+        symbol = np.full(regime.shape, -1)
+        alive = known = np.broadcast_to(self.initial, (*regime.shape, self.visible.num_regimes))
+        drawn = []
+        for coin in coins:
+            kept, known = alive @ self.transition * self.accept_prob, known @ self.transition
+            survival = alive.sum(axis=-1)
+            likely = np.divide(kept.sum(axis=-1), survival, out=np.zeros_like(survival), where=survival > 0)
+            regime, rest = _pick(self.transition, regime, coin)
+            drawn.append((self.accept_prob[regime], likely, survival, symbol))
+            symbol, _ = _pick(self.observation, regime, rest)
+            seen = self.observation.T[symbol]
+            known = known * seen
+            total = known.sum(axis=-1, keepdims=True)
+            alive, known = kept * seen / total, known / total
+        return Sampled(*(np.stack(part) for part in zip(*drawn, strict=True)))
+
+    def expected_next(self, state: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        return state
+
+
+BELOW_ONE = 1.0 - 2.0**-44
+
+
+def _pick(law: np.ndarray, row: np.ndarray, coin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draws by inverse CDF from the rows of a law, and the coins that are left, uniform again."""
+    size = law.shape[1]
+    ends = np.cumsum(law, axis=1)
+    ends = ends / ends[:, -1:]
+    coin = np.minimum(coin, BELOW_ONE)  # so that a row's number may be added to it
+    found = np.searchsorted((ends + np.arange(len(law))[:, None]).ravel(), coin + row, side="right") - row * size
+    found = np.clip(found, 0, size - 1)
+    high = ends[row, found]
+    low = np.where(found > 0, ends[row, found - 1], 0.0)
+    return found, np.clip((coin - low) / (high - low), 0.0, BELOW_ONE)
 
 
 @dataclass(frozen=True)

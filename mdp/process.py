@@ -46,11 +46,14 @@ class Sampled(NamedTuple):
     """Drawn rounds, each axis but the first free (rounds x replicas): what decides acceptance, and what is seen.
 
     `accept_prob` [K, ...] of candidates 1..K; `state` [K, ...] is what the stopper sees of the process when k = 0..K-1
-    candidates are drafted, in the process's own terms (`regimes`, `expected_next`).
+    candidates are drafted, in the process's own terms (`regimes`, `expected_next`). Where the stopper does not see the
+    acceptances themselves, `survival` and `symbol` [K, ...] at those k are what it knows and sees instead.
     """
 
     accept_prob: Float[np.ndarray, "K ..."]
     state: Float[np.ndarray, "K ..."]
+    survival: Float[np.ndarray, "K ..."] | None = None
+    symbol: Int[np.ndarray, "K ..."] | None = None
 
 
 def probabilities(name: str, value: object, ndim: int) -> np.ndarray:
@@ -128,6 +131,9 @@ class AcceptanceProcess:
     kind: ClassVar[str]
     finite: ClassVar[bool] = True
     """Whether it lowers exactly; otherwise it is bracketed between two chains, and draws its own samples."""
+
+    hides: ClassVar[frozenset[str]] = frozenset({"symbol"})
+    """Fields of an observation that a stopper does not see here."""
 
     @property
     def num_regimes(self) -> int | None:

@@ -9,7 +9,8 @@ acceptance uniforms and one for the next start are drawn whether or not the poli
 same coins in the same round, and the standard error of a difference, taken over replicas, profits from it.
 
 *Continuous processes* draw their own rounds (`AcceptanceProcess.sample`), outside of `jit`: the regime coins become
-acceptances and what the stopper sees, and the step reads both.
+acceptances and what the stopper sees, and the step reads both. So do hidden regimes, of which a rule sees the symbols
+and the survival that follows from them, never the regime.
 
 *Start.* A persistent problem is asked for its long run, so replicas should start from the stationary law of the
 policy's start-regime chain M. (i) Where M is cheap to know exactly (`mdp.evaluate.round_law`) they do: there is no
@@ -39,6 +40,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from mdp import entrants
+from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.evaluate import long_run, round_law
 from mdp.metrics import Tally
@@ -58,7 +60,9 @@ START, PILOT = 2**31, 2**31 + 1
 """Addresses that no round has, counted (0, 1, ..) or burnt in (-1, -2, ..)."""
 
 SHORT_CHUNK, LONG_CHUNK, COINS_PER_CHUNK = 32, 512, 2**22
-SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted"})
+SHOWN = frozenset(
+    {"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted", "symbol"}
+)
 
 
 class _World(NamedTuple):
@@ -75,12 +79,14 @@ class _World(NamedTuple):
 class _Drawn(NamedTuple):
     """Rounds that the process drew itself, [R, K, B]: acceptance of candidate k + 1, and what is seen at k.
 
-    A field that the rule does not read is None.
+    A field that the rule does not read is None; without `survival` the acceptances themselves are seen.
     """
 
     accept_prob: Any
     next_accept_prob: Any
     regime: Any
+    survival: Any = None
+    symbol: Any = None
 
 
 class _Drafting(NamedTuple):
@@ -143,7 +149,7 @@ def _rule(problem: StoppingProblem, spec: PolicySpec) -> Policy:
         from mdp.solve import solve
 
         policy = solve(problem).policy
-    hidden = entrants.needs(policy) - SHOWN
+    hidden = entrants.needs(policy) - (SHOWN - problem.acceptance.hides)
     if hidden:
         raise ValueError(f"policy {spec.text!r} needs {min(hidden)}, which a problem does not show")
     finite = problem.unseen()
@@ -151,6 +157,8 @@ def _rule(problem: StoppingProblem, spec: PolicySpec) -> Policy:
     if num_regimes is None and "regime" in entrants.needs(policy) and not isinstance(policy, ThresholdTable):
         raise ValueError(f"policy {spec.text!r} needs regime, but {problem.acceptance.kind} has a continuum of them")
     policy = entrants.fit_depth(spec.text, policy, finite.max_candidates, num_regimes)
+    if isinstance(problem.acceptance, Observed):
+        entrants.check_symbols(spec.text, policy, problem.acceptance.num_symbols)
     _register(type(policy))
     for f in fields(policy):  # type: ignore[arg-type]
         if np.asarray(getattr(policy, f.name)).dtype.kind not in "biuf":
@@ -244,6 +252,8 @@ def _drawn(process: AcceptanceProcess, sampled: Sampled, columns: int, reads: fr
         sampled.accept_prob,
         process.expected_next(sampled.state) if "next_accept_prob" in reads else None,
         process.regimes(sampled.state, columns) if "regime" in reads else None,
+        sampled.survival,
+        sampled.symbol if "symbol" in reads else None,
     )
     return jax.tree_util.tree_map(lambda part: jnp.asarray(np.moveaxis(part, 0, 1)), seen)
 
@@ -298,7 +308,8 @@ def _initial_state(rule: Any) -> Any:
     """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
     state = jax.tree_util.tree_map(jnp.asarray, rule.init())
     no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
-    seen = Observation(whole, real, real, whole, real, next_accepted=no if "next_accepted" in rule.needs else None)
+    clairvoyant = no if "next_accepted" in rule.needs else None
+    seen = Observation(whole, real, real, whole, real, next_accepted=clairvoyant, symbol=whole)
     after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], Outcome(whole, whole)), state)
     return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)
 
@@ -377,10 +388,11 @@ def _candidate(
     accepted = accept_coin < accept_prob
     seen = Observation(
         num_candidates=k,
-        survival=now.survival,
+        survival=now.survival if drawn.survival is None else drawn.survival,
         next_accept_prob=drawn.next_accept_prob,
         regime=drawn.regime,
-        token_accept_prob=now.token_accept_prob,
+        token_accept_prob=now.token_accept_prob if drawn.survival is None else None,
+        symbol=drawn.symbol,
         # clairvoyance is shown to those only who say that they use it
         next_accepted=accepted & ~now.rejected if "next_accepted" in rule.needs else None,
     )
