@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy.spatial import cKDTree
+from scipy.spatial import KDTree
 
 from mdp.belief import MERGE, branch, cells, merge
 from mdp.certificate import certificate
@@ -248,7 +248,7 @@ def _close_up(problem, visible: Seen, k: int, layer: _Layer, rules, worth, ceili
     todo = np.flatnonzero(shut & (ceiling > np.maximum(worth, 0.0) + NEGLIGIBLE_GAP))
     if len(todo) == 0:
         return
-    near = cKDTree(points[opened]).query(points[todo], k=min(NEIGHBOURS, len(opened)))[1]
+    near = KDTree(points[opened]).query(points[todo], k=min(NEIGHBOURS, len(opened)))[1]
     near = opened[near.reshape(len(todo), -1)]
     over = hull(problem, visible, k, points[todo], points[near], ceiling[near])
     ceiling[todo] = np.minimum(ceiling[todo], over)

@@ -428,7 +428,7 @@ def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
     return _per_round(float(law @ found.emitted), float(law @ found.drafted))
 
 
-def _per_round(emitted: float, drafted: float) -> dict[str, float]:
+def _per_round(emitted: float, drafted: float) -> dict[str, Any]:
     return {
         "block_efficiency": emitted,
         "verification_rate": 1.0 / emitted,
