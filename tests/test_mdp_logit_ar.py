@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy import integrate, interpolate, optimize, special
 
@@ -133,6 +133,30 @@ def test_every_row_encloses_its_law(mean, deviation, correlation, size, slopes):
         rows = np.vstack([chain.transition[:size], chain.initial])
         assert (rows >= -1e-15).all() and np.allclose(rows.sum(axis=1), 1.0, atol=1e-13)
         assert (sign * (rows @ end - exact) <= 1e-12).all()
+
+
+@given(
+    mean=st.floats(-4, 4), deviation=st.floats(0.05, 3), correlation=st.floats(0, 0.99), size=st.integers(2, 60)
+)  # fmt: skip
+@example(mean=1.0, deviation=1.0, correlation=0.5, size=60)
+def test_every_put_is_enclosed(mean, deviation, correlation, size):
+    """E[(t - v)^+] at nodes, between them and beyond: what all convex decreasing functions are made of."""
+    process = LogitAR(mean, deviation, correlation)
+    nodes = process.nodes(size)
+    centres = np.append(mean + correlation * (nodes - mean), mean)[:, None]
+    spreads = np.append(np.full(size, process.innovation), deviation)[:, None]
+    odds = np.exp(-nodes)
+    shares = np.linspace(0, 1, 8)
+    strikes = np.unique(np.r_[(np.outer(odds[1:], shares) + np.outer(odds[:-1], 1 - shares)).ravel(),
+                              odds[-1] * shares, odds[0] * (1 + shares)])  # fmt: skip
+    # Black's formula: v is lognormal.
+    with np.errstate(divide="ignore"):
+        above = (np.log(strikes) + centres) / spreads
+    exact = strikes * special.ndtr(above) - np.exp(-centres + spreads**2 / 2) * special.ndtr(above - spreads)
+    for chain, end, sign in zip(process.bracket(2, size), (np.inf, 0.0), (1, -1), strict=True):
+        rows = np.vstack([chain.transition[:size], chain.initial])
+        found = rows @ np.maximum(strikes - np.append(odds, end)[:, None], 0.0)
+        assert (sign * (found - exact) <= 1e-11 * (strikes + odds[-1])).all()
 
 
 def test_nodes_twice_as_dense_make_a_gap_four_times_smaller():
