@@ -1,26 +1,33 @@
 r"""Acceptance processes: how likely the next candidate is accepted, and what the stopper sees of it.
 
-Candidate $i$ of a round is accepted with probability $a_i$ given that all earlier ones were. A process lowers to a
-`FiniteChain`: regimes $z_0, z_1, \dots$ with $z_i \sim P(z_{i-1}, \cdot)$ and $a_i = a_i(z_i)$. The regime follows the
-draft's own law whether or not an earlier candidate was rejected unseen, and acceptances are independent given
-the regimes; $a(z_0)$ is never read.
-
-A process is a plain frozen dataclass, checked when made. Its field names are those of the problem file.
+Here are the finite ones, which lower exactly (`mdp.process` says to what); those of `mdp.continuous` come along, so
+that every process can be had from here.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
+
+from mdp.continuous import BetaMixture, LogitAR
+from mdp.process import (
+    AcceptanceProcess,
+    FiniteChain,
+    Sampled,
+    StartLaws,
+    distribution,
+    probabilities,
+    square,
+)
 
 __all__ = [
     "IID",
     "AcceptanceProcess",
     "BetaMixture",
     "FiniteChain",
+    "LogitAR",
     "MarkovModulated",
+    "Observed",
     "Position",
     "StartLaws",
     "TokenPair",
@@ -29,103 +36,9 @@ __all__ = [
     "square",
 ]
 
-ROW_SUM_TOLERANCE = 1e-8
 MAX_REGIMES = 4096
 MAX_VOCABULARY = 32
-CONCENTRATIONS = (1e-6, 1e9)
-
-
-class FiniteChain(NamedTuple):
-    """A process lowered to arrays: `transition` [Z, Z], `accept_prob` [K, Z] per depth, `initial` [Z]."""
-
-    transition: Float[np.ndarray, "Z Z"]
-    accept_prob: Float[np.ndarray, "K Z"]
-    initial: Float[np.ndarray, " Z"]
-
-
-class StartLaws(NamedTuple):
-    """Where the next round starts: row-stochastic laws after a first rejection in regime z, and after none."""
-
-    rejection: Float[np.ndarray, "Z Z"]
-    bonus: Float[np.ndarray, "Z Z"]
-
-
-def probabilities(name: str, value: object, ndim: int) -> np.ndarray:
-    """Return `value` as a float64 array of probabilities with `ndim` axes.
-
-    Raises:
-        ValueError: naming the field, the first bad value and what is allowed.
-    """
-    shape = ("a number", "a list of numbers", "a list of equally long lists of numbers")[ndim]
-    try:
-        array = np.asarray(value)
-        if _holds_bool(value) or array.dtype.kind not in "fiu" or array.ndim != ndim or array.size == 0:
-            raise ValueError
-        array = array.astype(np.float64)
-    except ValueError:
-        raise ValueError(f"{name}: must be {shape}, got {_short(value)}") from None
-    bad = array[~((array >= 0) & (array <= 1))]
-    if bad.size:
-        raise ValueError(f"{name}: must lie in [0, 1], got {bad.flat[0]:g}")
-    return array
-
-
-def distribution(name: str, value: object, ndim: int) -> np.ndarray:
-    """Return probabilities whose last axis sums to 1 within 1e-8, normalised.
-
-    Raises:
-        ValueError: as `probabilities`, or if a row sums to something else.
-    """
-    array = probabilities(name, value, ndim)
-    sums = array.sum(axis=-1, keepdims=True)
-    off = np.abs(sums - 1) > ROW_SUM_TOLERANCE
-    if off.any():
-        row = f" row {int(np.argmax(off))}" if ndim == 2 else ""
-        raise ValueError(f"{name}:{row} must sum to 1 within {ROW_SUM_TOLERANCE:g}, sums to {sums[off][0]:.10g}")
-    return array / sums
-
-
-def _holds_bool(value: object) -> bool:
-    """Whether a (nested) list holds a boolean, which NumPy would quietly turn into 0 or 1."""
-    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_bool, value)))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-class AcceptanceProcess:
-    """Base of all processes; `kind` is the name in the problem file."""
-
-    kind: ClassVar[str]
-    finite: ClassVar[bool] = True
-    """Whether it lowers exactly; otherwise it is bracketed between two chains."""
-
-    @property
-    def num_regimes(self) -> int:
-        """Z, the number of regimes the stopper can tell apart."""
-        return 1
-
-    def lower(self, max_candidates: int) -> FiniteChain:
-        """The process as arrays for rounds of at most `max_candidates` candidates.
-
-        Raises:
-            ValueError: if the process does not fit that many.
-        """
-        raise NotImplementedError
-
-    def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
-        """Two chains whose best throughputs enclose that of the process, whatever the (renewal) problem.
-
-        `cells` says how finely a continuous law is cut; a finite process is its own bracket.
-        """
-        chain = self.lower(max_candidates)
-        return chain, chain
-
-    def start_laws(self) -> StartLaws | None:
-        """The coupling of rounds, for processes that leave no choice; None: the problem says."""
-        return None
+MAX_HIDDEN, MAX_SYMBOLS = 64, 1024
 
 
 @dataclass(frozen=True)
@@ -195,16 +108,97 @@ class MarkovModulated(AcceptanceProcess):
         return FiniteChain(self.transition, np.tile(self.accept_prob, (max_candidates, 1)), self.initial)
 
 
-def square(name: str, value: object, size: int) -> np.ndarray:
-    """Return a row-stochastic [size, size] matrix.
+@dataclass(frozen=True)
+class Observed(AcceptanceProcess):
+    r"""Hidden regimes: as `MarkovModulated`, but seen is a symbol $o_k \sim O(z_k, \cdot)$ instead of $z_k$.
 
-    Raises:
-        ValueError: as `distribution`, or if the shape is another.
+    The symbol of candidate k is seen once it is drafted, and is independent of its acceptance given the regime. Rounds
+    renew. What the stopper can know is in `mdp.belief`; only a `fixed` length and the `oracle` do without it, and to
+    those the chain of regimes is all there is (`unseen`).
+
+    Args:
+        observation: row-stochastic [Z, O], the law of the symbol in each regime.
     """
-    array = distribution(name, value, 2)
-    if array.shape != (size, size):
-        raise ValueError(f"{name}: must be {size} x {size}, got {array.shape[0]} x {array.shape[1]}")
-    return array
+
+    transition: np.ndarray = field(hash=False)
+    accept_prob: np.ndarray = field(hash=False)
+    initial: np.ndarray = field(hash=False)
+    observation: np.ndarray = field(hash=False)
+    kind = "observed"
+    finite = False
+    hides = frozenset({"regime", "token_accept_prob"})
+
+    def __post_init__(self) -> None:
+        chain = MarkovModulated(self.transition, self.accept_prob, self.initial)
+        size = chain.num_regimes
+        if size > MAX_HIDDEN:
+            raise ValueError(f"acceptance.accept_prob: at most {MAX_HIDDEN} hidden regimes, got {size}")
+        observation = distribution("acceptance.observation", self.observation, 2)
+        if len(observation) != size:
+            raise ValueError(f"acceptance.observation: must have {size} rows (regimes), got {len(observation)}")
+        if observation.shape[1] > MAX_SYMBOLS:
+            raise ValueError(f"acceptance.observation: at most {MAX_SYMBOLS} symbols, got {observation.shape[1]}")
+        for name in ("transition", "accept_prob", "initial"):
+            object.__setattr__(self, name, getattr(chain, name))
+        object.__setattr__(self, "observation", observation)
+
+    @property
+    def num_symbols(self) -> int:
+        """How many symbols the stopper can tell apart."""
+        return self.observation.shape[1]
+
+    @property
+    def visible(self) -> MarkovModulated:
+        """The same regimes, seen: worth at least as much to a stopper."""
+        return MarkovModulated(self.transition, self.accept_prob, self.initial)
+
+    def lower(self, max_candidates: int) -> FiniteChain:
+        raise ValueError("acceptance: observed hides its regimes, no chain that shows them equals it")
+
+    def unseen(self, max_candidates: int) -> FiniteChain:
+        """The chain for rules that do not look."""
+        return self.visible.lower(max_candidates)
+
+    def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled:
+        """Rounds with what the symbols tell: survival given all of them, and the mean of the next acceptance.
+
+        What a coin leaves open once it has chosen the regime chooses the symbol.
+        """
+        regime, _ = _pick(self.initial[None], np.zeros(np.shape(start_coins), dtype=np.int64), start_coins)
+        symbol = np.full(regime.shape, -1)
+        alive = known = np.broadcast_to(self.initial, (*regime.shape, self.visible.num_regimes))
+        drawn = []
+        for coin in coins:
+            kept, known = alive @ self.transition * self.accept_prob, known @ self.transition
+            survival = alive.sum(axis=-1)
+            likely = np.divide(kept.sum(axis=-1), survival, out=np.zeros_like(survival), where=survival > 0)
+            regime, rest = _pick(self.transition, regime, coin)
+            drawn.append((self.accept_prob[regime], likely, survival, symbol))
+            symbol, _ = _pick(self.observation, regime, rest)
+            seen = self.observation.T[symbol]
+            known = known * seen
+            total = known.sum(axis=-1, keepdims=True)
+            alive, known = kept * seen / total, known / total
+        return Sampled(*(np.stack(part) for part in zip(*drawn, strict=True)))
+
+    def expected_next(self, state: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        return state
+
+
+BELOW_ONE = 1.0 - 2.0**-44
+
+
+def _pick(law: np.ndarray, row: np.ndarray, coin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Draws by inverse CDF from the rows of a law, and the coins that are left, uniform again."""
+    size = law.shape[1]
+    ends = np.cumsum(law, axis=1)
+    ends = ends / ends[:, -1:]
+    coin = np.minimum(coin, BELOW_ONE)  # so that a row's number may be added to it
+    found = np.searchsorted((ends + np.arange(len(law))[:, None]).ravel(), coin + row, side="right") - row * size
+    found = np.clip(found, 0, size - 1)
+    high = ends[row, found]
+    low = np.where(found > 0, ends[row, found - 1], 0.0)
+    return found, np.clip((coin - low) / (high - low), 0.0, BELOW_ONE)
 
 
 @dataclass(frozen=True)
@@ -272,79 +266,3 @@ class TokenPair(AcceptanceProcess):
         rejection[:, :size] = np.repeat(residual, size, axis=0)  # by u
         bonus[:, :size] = np.tile(self.target, (size, 1))  # by v
         return StartLaws(rejection, bonus)
-
-
-@dataclass(frozen=True)
-class BetaMixture(AcceptanceProcess):
-    r"""$a_i$ iid Beta with the given mean and concentration: shapes $(mc, (1-m)c)$, seen once drafted; rounds renew.
-
-    The law is continuous, so it is bracketed. Let $J_k(S)$ be the best value of a renewal round from depth k on at
-    survival S and any rate (`mdp.price`): $J_k = \max\{-\rho V(k),\, -\rho t_d + E[G_k(S, a)]\}$ with
-    $G_k(S, a) = Sa + J_{k+1}(Sa)$, and $J_K = -\rho V(K)$.
-
-    *Claim.* Cut [0, 1] into cells. Moving each cell's mass to its conditional mean gives $\check J_k \le J_k$;
-    splitting it over the cell's two ends so that the mean stays gives $\hat J_k \ge J_k$; all three are convex in S.
-    *Proof* by induction from $k = K$, where they agree. If $J_{k+1}$ is convex, then so is $S \mapsto G_k(S, a)$ for
-    every a, hence its mean under any law, hence the maximum with a constant: all three stay convex. As
-    $a \mapsto G_k(S, a)$ is convex too, within a cell its value at the conditional mean is at most its conditional
-    mean (Jensen), and its chord is at least that (Edmundson, Madansky); and $G_k$ only grows with $J_{k+1}$. $\square$
-
-    So $\check T_\rho \le T_\rho \le \hat T_\rho$ at every rate, and their roots, the best throughputs, are in the same
-    order. The gap falls with the square of the cells' width; where the value's curvature is even, widths
-    $\propto f^{-1/3}$ make it least, f the density (Bennett 1948). That is what equal cells under the Beta law
-    $((mc + 2)/3, ((1-m)c + 2)/3)$, whose density is $\propto f^{1/3}$, give.
-    """
-
-    mean: float
-    concentration: float
-    kind = "beta_mixture"
-    finite = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", float(probabilities("acceptance.mean", self.mean, 0)))
-        value, (low, high) = self.concentration, CONCENTRATIONS
-        good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        if not good or not low <= value <= high:  # type: ignore[operator]
-            raise ValueError(f"acceptance.concentration: must be a number in {low:g}..{high:g}, got {value!r:.60}")
-        object.__setattr__(self, "concentration", float(value))  # type: ignore[arg-type]
-
-    @property
-    def shapes(self) -> tuple[float, float]:
-        """The two parameters of the Beta law; one of them is 0 if every acceptance is 0, or 1."""
-        return self.mean * self.concentration, (1.0 - self.mean) * self.concentration
-
-    def lower(self, max_candidates: int) -> FiniteChain:
-        raise ValueError("acceptance: beta_mixture is continuous, no finite chain equals it; bracket it")
-
-    def unseen(self, max_candidates: int) -> FiniteChain:
-        """The chain for rules that do not look: every acceptance at its mean."""
-        return IID(self.mean).lower(max_candidates)
-
-    def quantile(self, coins: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """Acceptances with these probabilities of being less: uniform coins in, draws out."""
-        if min(self.shapes) == 0.0:
-            return np.full(np.shape(coins), self.mean)
-        return special.betaincinv(*self.shapes, coins)
-
-    def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
-        first, second = self.shapes
-        if min(first, second) == 0.0:
-            chain = self.unseen(max_candidates)
-            return chain, chain
-        shares = np.linspace(0.0, 1.0, cells + 1)
-        ends = np.unique(np.r_[0.0, special.betaincinv((first + 2) / 3, (second + 2) / 3, shares), 1.0])
-        mass = np.diff(special.betainc(first, second, ends))
-        moment = self.mean * np.diff(special.betainc(first + 1, second, ends))
-        left, right = ends[:-1], ends[1:]
-        centre = np.clip(moment / np.where(mass > 0, mass, 1.0), left, right)
-        to_right = mass * (centre - left) / (right - left)
-        split = np.append(mass - to_right, 0.0) + np.append(0.0, to_right)
-        return _draws(centre, mass, max_candidates), _draws(ends, split, max_candidates)
-
-
-def _draws(values: np.ndarray, mass: np.ndarray, max_candidates: int) -> FiniteChain:
-    """The chain whose every step draws one of `values` afresh; its rows are one row, not copies."""
-    kept = mass > 0
-    values, law = values[kept], mass[kept] / mass[kept].sum()
-    size = len(law)
-    return FiniteChain(np.broadcast_to(law, (size, size)), np.broadcast_to(values, (max_candidates, size)), law)

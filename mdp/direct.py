@@ -29,10 +29,11 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from mdp.certificate import certificate
 from mdp.evaluate import MERGE, round_law
 from mdp.policy import TIE, ThresholdTable
 from mdp.problem import FiniteProblem
-from mdp.solution import Solution, SolveStatus, certificate
+from mdp.solution import Solution, SolveStatus
 
 __all__ = ["is_monotone", "solve_directly"]
 

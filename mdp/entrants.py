@@ -5,11 +5,12 @@ written once, here. A table with fewer rows than the world's `max_candidates` st
 """
 
 from collections.abc import Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 
 from mdp.policy import (
+    BeliefRule,
     FixedLength,
     LookaheadThreshold,
     Observation,
@@ -21,7 +22,7 @@ from mdp.policy import (
     parse,
 )
 
-__all__ = ["fit_depth", "label", "needs", "read"]
+__all__ = ["check_symbols", "fit_depth", "label", "needs", "read"]
 
 
 def read(policies: Iterable[str | Policy | PolicySpec]) -> list[PolicySpec]:
@@ -62,6 +63,8 @@ def label(policy: Policy) -> str:
             return "oracle"
         case ThresholdTable():
             return "table"
+        case BeliefRule():
+            return "belief rule"
     values = ", ".join(f"{f.name}={getattr(policy, f.name)!r:.20}" for f in fields(policy))  # type: ignore[arg-type]
     return f"{type(policy).__name__}({values})"
 
@@ -81,21 +84,43 @@ def needs(policy: Policy) -> frozenset[str]:
     return wanted
 
 
-def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int) -> Policy:
+def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int | None) -> Policy:
     """The rule for rounds of at most `max_candidates`, with a table's missing rows filled by "stop".
+
+    `num_regimes` None: a table may have any number of columns.
 
     Raises:
         ValueError: if the rule is made for longer rounds, or a table for another number of regimes.
     """
     if isinstance(policy, FixedLength) and policy.length > max_candidates:
         raise ValueError(f"policy {text!r}: length must be in 0..{max_candidates} here (max_candidates)")
+    if isinstance(policy, BeliefRule):
+        rows = len(policy.emitted)
+        if rows > max_candidates:
+            raise ValueError(f"policy {text!r}: made for rounds of {rows}, they hold at most {max_candidates} here")
+        never = np.zeros((max_candidates - rows, *policy.emitted.shape[1:]))
+        return replace(
+            policy,
+            emitted=np.concatenate([policy.emitted, never]),
+            price=np.concatenate([policy.price, never + 1.0]),
+        )
     if not isinstance(policy, ThresholdTable):
         return policy
     rows, columns = policy.survival_threshold.shape
     if rows > max_candidates:
         raise ValueError(f"policy {text!r}: its table has {rows} rows, rounds here hold at most {max_candidates}")
-    if columns not in (1, num_regimes):
+    if num_regimes is not None and columns not in (1, num_regimes):
         expected = "one column" if num_regimes == 1 else f"1 or {num_regimes} columns"
         raise ValueError(f"policy {text!r}: its table must have {expected} here (regimes), it has {columns}")
     stop = np.full((max_candidates - rows, columns), np.inf)
     return ThresholdTable(np.concatenate([policy.survival_threshold, stop]))
+
+
+def check_symbols(text: str, policy: Policy, num_symbols: int) -> None:
+    """Refuse a rule that is made for other symbols.
+
+    Raises:
+        ValueError: if it tells another number of symbols apart than there are.
+    """
+    if isinstance(policy, BeliefRule) and policy.num_symbols != num_symbols:
+        raise ValueError(f"policy {text!r}: made for {policy.num_symbols} symbols, here are {num_symbols}")

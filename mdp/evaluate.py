@@ -11,7 +11,10 @@ must be unique: a rule that splits the start regimes into several recurrent clas
 
 The oracle needs no tree: it stops after k candidates if and only if exactly k would be accepted.
 
-Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
+With hidden regimes the round is a tree of symbol histories (`mdp.histories`).
+
+Of continuous acceptances only the mean matters to a fixed length and to the oracle. Where they are drawn afresh, a
+threshold in survival is enclosed between two roundings (`mdp.rounded`); other rules are refused.
 """
 
 from collections.abc import Callable
@@ -21,15 +24,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
+from mdp.continuous import BetaMixture
 from mdp.entrants import fit_depth, label, needs, read
+from mdp.histories import histories_law
 from mdp.metrics import Tally
-from mdp.policy import FixedLength, Observation, Oracle, Policy, PolicySpec
+from mdp.policy import (
+    FixedLength,
+    LookaheadThreshold,
+    Observation,
+    Oracle,
+    Policy,
+    PolicySpec,
+    RejectionThreshold,
+    ThresholdTable,
+)
 from mdp.problem import FiniteProblem, StoppingProblem
+from mdp.rounded import enclose
 
 __all__ = ["Evaluation", "RoundLaw", "TreeTooLarge", "check_exact", "evaluate", "long_run", "round_law", "round_laws"]
 
 MAX_STATES = 5_000_000
+WIDEST = 1e-3  # relative width of an enclosure that still is a value
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
@@ -48,12 +65,14 @@ class Evaluation:
     """Exact long-run figures of one policy; `tally` holds expectations per round.
 
     `bounds` are those of the best policy, if they are known; then `gap` = 1 - throughput / bound for each.
+    `throughput_bounds` are proven bounds on this policy's own throughput where its value is enclosed, not exact.
     """
 
     policy: str
     tally: Tally
     speedup: float
     bounds: tuple[float, float] | None = None
+    throughput_bounds: tuple[float, float] | None = None
 
     @property
     def throughput(self) -> float:
@@ -70,7 +89,9 @@ class Evaluation:
         names = ("block_efficiency", "verification_rate", "discard_rate", "mean_candidates")
         return {"policy": self.policy, "throughput": self.throughput, "speedup": self.speedup,
                 **{name: float(getattr(self.tally, name)) for name in names},
-                "gap": None if self.gap is None else list(self.gap)}  # fmt: skip
+                "gap": None if self.gap is None else list(self.gap),
+                **({} if self.throughput_bounds is None else {"throughput_bounds": list(self.throughput_bounds)}),
+                }  # fmt: skip
 
 
 def evaluate(
@@ -79,7 +100,7 @@ def evaluate(
     """Exact throughput and rates of `policy` on `problem`.
 
     Args:
-        problem: a finite problem.
+        problem: finite, or continuous for the rules that `check_exact` lets pass.
         policy: a policy string, or a rule without memory between rounds.
         solution: of `mdp.solve` for the same problem; supplies the rule for `optimal` and the gap.
 
@@ -105,7 +126,15 @@ def evaluate(
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
-    law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
+    process = problem.acceptance if isinstance(problem, StoppingProblem) else None
+    hidden = process if isinstance(process, Observed) else None
+    rule = fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes if hidden is None else 1)
+    if isinstance(problem, StoppingProblem) and _looks(problem, spec):
+        return _enclosed(problem, spec.text, rule, None if solution is None else solution.bounds)
+    if hidden is not None and not isinstance(rule, (FixedLength, Oracle)):  # those do not look
+        law = RoundLaw(*histories_law(finite, hidden.observation, rule), next_start=np.zeros((1, 0)))
+    else:
+        law = round_law(finite, rule)
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     # Where all candidates are accepted the difference is rounding, of either sign.
@@ -119,13 +148,50 @@ def check_exact(problem: StoppingProblem, spec: PolicySpec) -> None:
     """Refuse, before any work, a rule that has no exact value on the problem.
 
     Raises:
-        ValueError: if acceptances are continuous and the rule looks at them.
+        ValueError: if acceptances are continuous and the rule looks at them, other than at survival where they are
+            drawn afresh.
     """
-    process = problem.acceptance
-    if not process.finite and not isinstance(spec.policy, (FixedLength, Oracle)):
+    if not _looks(problem, spec):
+        return
+    kind, thresholds = problem.acceptance.kind, (RejectionThreshold, LookaheadThreshold, ThresholdTable)
+    if not isinstance(problem.acceptance, BetaMixture):
         raise ValueError(
-            f"policy {spec.text!r}: on {process.kind} only fixed and oracle have an exact value; simulate it instead"
+            f"policy {spec.text!r}: on {kind} only fixed and oracle have an exact value; simulate it instead"
         )
+    if spec.policy is not None and not isinstance(spec.policy, thresholds):
+        raise ValueError(f"policy {spec.text!r}: on {kind} only thresholds in survival can be enclosed; simulate it")
+
+
+def _looks(problem: StoppingProblem, spec: PolicySpec) -> bool:
+    """Whether acceptances are continuous and the rule may look at them."""
+    process = problem.acceptance
+    known = process.finite or isinstance(process, Observed) or (isinstance(process, BetaMixture) and process.sure)
+    return not known and not isinstance(spec.policy, (FixedLength, Oracle))
+
+
+def _enclosed(problem: StoppingProblem, text: str, rule: Policy, bounds: tuple[float, float] | None) -> Evaluation:
+    """A threshold in survival on acceptances drawn afresh: the middle of its enclosure."""
+    process, finite = problem.acceptance, problem.unseen()
+    assert isinstance(process, BetaMixture)
+    if isinstance(rule, ThresholdTable):
+        threshold = rule.survival_threshold[:, 0]
+    else:
+        assert isinstance(rule, (RejectionThreshold, LookaheadThreshold))
+        scale = process.mean if isinstance(rule, LookaheadThreshold) else 1.0
+        level = 1.0 - rule.threshold
+        threshold = np.full(finite.max_candidates, level / scale if scale > 0 else np.inf if level > 0 else 0.0)
+    found = enclose(process, threshold, finite.round_time)
+    lower, upper = found.emitted[0] / found.time[1], found.emitted[1] / found.time[0]
+    if upper - lower > WIDEST * lower:
+        raise ValueError(
+            f"policy {text!r}: its throughput is only known to lie in [{lower:.6g}, {upper:.6g}], relative width "
+            f"{upper / lower - 1.0:.1e}; simulate it instead"
+        )
+    emitted, drafted, time = (float(part.mean()) for part in (found.emitted, found.drafted, found.time))
+    tally = Tally(num_target_calls=1.0, num_drafted=drafted, num_emitted=emitted,
+                  num_discarded=max(drafted - (emitted - 1.0), 0.0), num_cut=0.0, time=time)  # fmt: skip
+    speedup = float(tally.throughput) * float(finite.verify_time[0])
+    return Evaluation(text, tally, speedup, bounds, (float(lower), float(upper)))
 
 
 def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Float[np.ndarray, " Z"]:

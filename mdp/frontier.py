@@ -87,8 +87,9 @@ def frontier(
         raise ValueError(f"family: must be one of {', '.join(FAMILIES)}, got {family!r:.60}")
     values = _checked(family, thresholds, int(problem.max_candidates))
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
-    if isinstance(problem, StoppingProblem):
-        check_exact(problem, PolicySpec(f"{family}:{values[0]:g}", FAMILIES[family][0](values[0])))
+    if isinstance(problem, StoppingProblem) and not problem.acceptance.finite and family != "fixed":
+        kind = problem.acceptance.kind  # what such rules see is no regime of a finite chain
+        raise ValueError(f"family: {family} on {kind} has no frontier in one pass; evaluate its thresholds one by one")
     patience, back = np.unique(values, return_inverse=True)
     laws = _laws(finite, family, patience)
     weights = np.ones((len(patience), 1))

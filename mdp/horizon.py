@@ -125,7 +125,9 @@ def solve_horizon(
     first = np.unique(into, return_index=True)[1]
     padding = [(0, len(arrays.accept_prob) - finite.max_candidates), (0, 0)]
     classes = np.pad(first, (0, len(arrays.initial) - len(first)), mode="edge")
-    threshold = np.pad(long_run.survival_threshold[:, classes], padding, constant_values=np.inf)
+    table = long_run.survival_threshold
+    assert table is not None  # a finite problem shows its regimes
+    threshold = np.pad(table[:, classes], padding, constant_values=np.inf)
     rate, finest, closed = long_run.throughput * unit, 0, True
     before: Any = np.broadcast_to(-np.arange(len(threshold) + 1.0)[:, None], (2, len(threshold) + 1, len(classes)))
     parts = [(np.zeros((1, 2, len(classes))), np.full((1, *threshold.shape), np.inf))]

@@ -11,6 +11,9 @@ import numpy as np
 
 __all__ = ["Grid", "even_and_kinks", "place"]
 
+MAX_CLASSES = 96
+"""With more classes of regimes kinks are so dense that even knots do as well."""
+
 
 class Grid(NamedTuple):
     """Knots per depth [K, N], and where `accept_prob * knot` falls among the next depth's knots [K, Y, N].
@@ -83,6 +86,10 @@ def even_and_kinks(
         return np.tile(np.linspace(0.0, 1.0, num_knots), (depth, 1))
     lowest = reach * np.minimum(threshold.min(axis=1), 1.0)
     rows = np.zeros((depth, num_knots))
+    if threshold.shape[1] > MAX_CLASSES:
+        for k in range(depth):
+            rows[k, 1:] = np.linspace(lowest[k], 1.0, num_knots - 1)
+        return rows
     for k, bends in enumerate(_kinks(accept_prob, into, threshold, lowest, num_knots // 2)):
         even = np.linspace(lowest[k], 1.0, num_knots - 1 - len(bends))
         rows[k, 1:] = np.sort(np.concatenate([even, bends]))

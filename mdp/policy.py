@@ -24,7 +24,7 @@ and after a drafted end-of-text token.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,6 +32,7 @@ import numpy as np
 
 __all__ = [
     "SIGNALS",
+    "BeliefRule",
     "FixedLength",
     "LookaheadThreshold",
     "Observation",
@@ -58,7 +59,8 @@ class Observation(NamedTuple):
     """What a rule may look at when k candidates are drafted. `None`: this world does not show it.
 
     `draft_prob`, `top_prob`, `entropy`, `token_accept_prob` and `head` describe the last drafted candidate and
-    mean nothing at k = 0. `next_accepted` (would one more candidate be accepted, none rejected before?) is
+    mean nothing at k = 0. `symbol` is what a world with hidden regimes shows of that candidate, -1 at k = 0.
+    `next_accepted` (would one more candidate be accepted, none rejected before?) is
     clairvoyance: no live world has it.
     """
 
@@ -72,6 +74,7 @@ class Observation(NamedTuple):
     entropy: Any = None
     head: Any = None
     next_accepted: Any = None
+    symbol: Any = None
 
 
 class Outcome(NamedTuple):
@@ -149,6 +152,56 @@ class ThresholdTable(Policy):
 
 
 @dataclass(frozen=True)
+class BeliefRule(Policy):
+    r"""Continue iff some stored rule for what is left beats stopping, at the belief that the symbols lead to.
+
+    The form of every optimal policy with hidden regimes (theory, F8). The state is the belief about the regime of the
+    candidate to come, $[wP, \pi P]$ of `mdp.belief` once there are candidates and `initial` before.
+
+    Args:
+        initial: [Z] law of the regime at the round's start.
+        transition: [Z, Z].
+        likelihood, accepted: [O + 1, Z] probability of each symbol by regime, and of symbol and acceptance; the last
+            row is 1, for no symbol.
+        emitted, price: [K, M, Z] of M rules per depth: tokens by regime of the survivors, priced time by regime.
+    """
+
+    initial: np.ndarray = field(hash=False)
+    transition: np.ndarray = field(hash=False)
+    likelihood: np.ndarray = field(hash=False)
+    accepted: np.ndarray = field(hash=False)
+    emitted: np.ndarray = field(hash=False)
+    price: np.ndarray = field(hash=False)
+    needs = ("symbol",)
+
+    def init(self):
+        return self.initial, self.initial
+
+    def stop(self, state, observation):
+        alive = state[0] * self.accepted[observation.symbol]
+        known = state[1] * self.likelihood[observation.symbol]
+        total = known.sum(-1)
+        total = (total + (total == 0))[..., None]  # a symbol that cannot be leaves nothing, and stops
+        alive, known = alive / total, known / total
+        k = observation.num_candidates
+        worth = self.emitted[k] @ alive[..., None] - self.price[k] @ known[..., None]
+        going_on = (worth[..., 0] >= -TIE).any(-1) & (known.sum(-1) > 0)
+        return (alive @ self.transition, known @ self.transition), ~going_on
+
+    def end_round(self, state, outcome):
+        return self.init()
+
+    @property
+    def num_symbols(self) -> int:
+        """How many symbols it tells apart."""
+        return len(self.likelihood) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its JSON, within that of a saved solution."""
+        return {f.name: getattr(self, f.name).tolist() for f in fields(self)}
+
+
+@dataclass(frozen=True)
 class Oracle(Policy):
     """Draft exactly what will be accepted: the paper's oracle. A bracket, not a policy anyone can run."""
 
@@ -172,8 +225,8 @@ class PolicySpec:
         return self.policy is None
 
 
-def load_table(path: str | Path) -> ThresholdTable:
-    """Read the policy from a saved solution: one JSON line of `specstop solve --json`.
+def load_table(path: str | Path) -> ThresholdTable | BeliefRule:
+    """Read the policy from a saved solution, one JSON line of `specstop solve --json`: its table or its belief rule.
 
     Raises:
         ValueError: if the file is no such solution; the message names the file.
@@ -188,13 +241,35 @@ def load_table(path: str | Path) -> ThresholdTable:
     if path.stat().st_size > MAX_TABLE_BYTES:
         raise ValueError(f"policy: {path}: larger than {MAX_TABLE_BYTES} bytes")
     try:
-        rows = json.loads(path.read_text())["survival_threshold"]
+        saved = json.loads(path.read_text())
+        rule, rows = saved.get("belief_rule"), saved["survival_threshold"] or []
+        arrays = rule and {f.name: np.array(rule[f.name], dtype=float) for f in fields(BeliefRule)}
         table = np.array([[np.inf if cell is None else cell for cell in row] for row in rows], dtype=float)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"policy: {path}: not a saved solution (one line of solve --json)") from error
+    if arrays:
+        return _belief_rule(path, arrays)
     if table.ndim != 2 or table.size == 0 or np.isnan(table).any() or (table < 0).any():
         raise ValueError(f"policy: {path}: survival_threshold must be K rows of Z numbers >= 0 or null")
     return ThresholdTable(table)
+
+
+def _belief_rule(path: Path, arrays: dict[str, np.ndarray]) -> BeliefRule:
+    """The rule for hidden regimes that these arrays make.
+
+    Raises:
+        ValueError: if their shapes do not fit together, or a number is negative or not finite.
+    """
+    rule, parts = BeliefRule(**arrays), list(arrays.values())
+    size, symbols = rule.initial.size, len(rule.likelihood)
+    shapes = [(size,), (size, size), (symbols, size), (symbols, size), rule.emitted.shape, rule.emitted.shape]
+    fits = rule.emitted.ndim == 3 and rule.emitted.shape[2] == size > 0 and rule.emitted.size and symbols > 1
+    if not fits or [part.shape for part in parts] != shapes:
+        raise ValueError(f"policy: {path}: belief_rule: its arrays do not fit together")
+    # A price may be negative: where T(k) dips, drafting on saves time.
+    if not all(np.isfinite(part).all() for part in parts) or any((part < 0).any() for part in parts[:5]):
+        raise ValueError(f"policy: {path}: belief_rule: its numbers must be finite and >= 0 (price: finite)")
+    return rule
 
 
 def parse(text: str) -> PolicySpec:

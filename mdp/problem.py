@@ -27,7 +27,9 @@ from mdp.acceptance import (
     AcceptanceProcess,
     BetaMixture,
     FiniteChain,
+    LogitAR,
     MarkovModulated,
+    Observed,
     Position,
     StartLaws,
     TokenPair,
@@ -120,7 +122,7 @@ class StoppingProblem:
         """The arrays solvers work on; checked and cached.
 
         Raises:
-            ValueError: if the process is continuous (`acceptance.finite` is false): then `bracket` it.
+            ValueError: if no finite chain equals the process (`acceptance.finite` is false): then `bracket` it.
         """
         return self._lowered
 
@@ -133,9 +135,9 @@ class StoppingProblem:
 
     def unseen(self) -> FiniteProblem:
         """The problem as `fixed` and `oracle` meet it, which look at no regime: continuous acceptances averaged."""
-        if isinstance(self.acceptance, BetaMixture):
-            return self._checked(self.acceptance.unseen(int(self.max_candidates)))
-        return self.lower()
+        if self.acceptance.finite:
+            return self.lower()
+        return self._checked(self.acceptance.unseen(int(self.max_candidates)))
 
     @cached_property
     def _lowered(self) -> FiniteProblem:
@@ -173,6 +175,11 @@ class StoppingProblem:
             return own
         if own is not None:
             raise ValueError(f"coupling: {self.acceptance.kind} brings its own, leave it out")
+        if isinstance(self.acceptance, Observed):
+            raise ValueError(
+                "coupling.kind: persistent is not for observed: what verification reveals would be a belief about the "
+                "next start, carried from round to round (a POMDP on round-start beliefs)"
+            )
         if not isinstance(self.acceptance, MarkovModulated):
             raise ValueError(f"coupling.kind: persistent needs markov_modulated, not {self.acceptance.kind}")
         return StartLaws(self.coupling.rejection, self.coupling.bonus)
@@ -217,7 +224,7 @@ def _to_dict(part: Any) -> dict[str, Any]:
     return {"kind": part.kind, **{k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in values.items()}}
 
 
-ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, TokenPair)}
+ACCEPTANCE = {cls.kind: cls for cls in (IID, Position, BetaMixture, MarkovModulated, Observed, LogitAR, TokenPair)}
 COST = {cls.kind: cls for cls in (Affine, Table, Roofline, Overlapped)}
 
 

@@ -15,9 +15,11 @@ known exactly. Renewal: $\rho \leftarrow \bar e / \bar T$ (Dinkelbach). Persiste
 *Other ways.* Where the form of the policy is known, thresholds alone will do (`mdp.direct`); `value_iteration` replaces
 the outer loop (`mdp.value_iteration`).
 
-*Certificate* (`mdp.solution`), whatever $\rho$ and $h$ the loop ends with. It ends `successful` only if these bounds
+*Certificate* (`mdp.certificate`), whatever $\rho$ and $h$ the loop ends with. It ends `successful` only if these bounds
 are closer than `tol` and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half
 for $\rho$; the bias is taken as it is).
+
+*Hidden regimes* have a method of their own, `mdp.observed`.
 
 *Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
 one, the upper bound that of the upper one.
@@ -34,13 +36,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdp.acceptance import Observed
+from mdp.certificate import certificate
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.direct import solve_directly
 from mdp.knots import Grid, even_and_kinks, place
 from mdp.lattice import Rules
+from mdp.observed import solve_hidden
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.solution import Solution, SolveStatus, certificate
+from mdp.solution import Solution, SolveStatus
 from mdp.value_iteration import MAX_STEPS, iterate_values
 
 __all__ = ["METHODS", "Solution", "SolveStatus", "certificate", "improve", "solve"]
@@ -57,7 +62,10 @@ MAX_KNOTS_SINGLE = 1024  # more knots show nothing that float32 could
 FIRST_KNOTS = 128
 
 CELLS, MAX_ENTRIES = (255, 1023, 2047, 4095), 2**26
-"""Cells of a continuous law, coarse to fine, one less than a padded size; and the most cells x knots x depths."""
+"""Cells of a law that is drawn afresh, coarse to fine, one less than a padded size; most cells x knots x depths."""
+
+NODES, MAX_PRODUCTS = (127, 255, 511, 1023, 2047), 2**33
+"""Nodes of a law that depends on the one before, likewise; and the most nodes^2 x knots x depths."""
 
 
 class _Result(NamedTuple):
@@ -132,7 +140,8 @@ def solve(
     Args:
         problem: any problem, renewal or persistent.
         tol: relative width of the bounds that counts as solved.
-        max_knots: most knots per depth before giving up with status `max_steps_reached`.
+        max_knots: most knots per depth before giving up with status `max_steps_reached`; with hidden regimes, most
+            points of belief that are opened.
         max_sweeps: most backward inductions in one pass; by default 60, or 5000 for value iteration.
         method: `policy_iteration`; `value_iteration`, which is slower (`mdp.value_iteration`); or `auto`: by the form
             of the policy where that is known (`mdp.direct`), else policy iteration. The solution says which it was.
@@ -161,18 +170,31 @@ def solve(
     start = time.perf_counter()
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     continuous = problem if isinstance(problem, StoppingProblem) and not problem.acceptance.finite else None
+    hidden = (
+        problem.acceptance
+        if isinstance(problem, StoppingProblem) and isinstance(problem.acceptance, Observed)
+        else None
+    )
     by_values, single = method == "value_iteration", precision == "float32"
-    if continuous and (by_values or single):
-        option, kind = "method" if by_values else "precision", continuous.acceptance.kind
-        raise ValueError(f"{option}: {kind} is continuous, it is solved by policy iteration in float64 only")
-    if method == "auto" and not (continuous or single) and (direct := solve_directly(finite, tol=tol)) is not None:
+    if (continuous or hidden) and (by_values or single):
+        option, why = "method" if by_values else "precision", "is continuous" if continuous else "hides its regimes"
+        kind = problem.acceptance.kind  # type: ignore[union-attr]
+        raise ValueError(f"{option}: {kind} {why}, there is one way to solve it, in float64")
+    if (
+        method == "auto"
+        and not (continuous or hidden or single)
+        and (direct := solve_directly(finite, tol=tol)) is not None
+    ):
         return direct
     if max_sweeps is None:
         max_sweeps = MAX_STEPS if by_values else MAX_SWEEPS
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
+    if hidden:
+        return _hidden(_in_units(finite, unit), hidden, unit, tol, max_knots, start)
     if continuous:
-        found, closed = _bracketed(continuous, unit, tol, max_knots, max_sweeps)
+        bracketed = _enclosed if continuous.acceptance.num_regimes is None else _bracketed
+        found, closed = bracketed(continuous, unit, tol, max_knots, max_sweeps)
     else:
         half = np.inf if single else THRESHOLD_TOLERANCE / 2
         found = _close(
@@ -187,12 +209,33 @@ def solve(
         bounds=(float(lower / unit), float(upper / unit)),
         survival_threshold=found.threshold,
         bias=found.bias,
-        **found.rates,
+        **found.rates,  # type: ignore[arg-type]
         status=SolveStatus.successful if closed else SolveStatus.max_steps_reached,
         num_sweeps=found.num_sweeps,
         num_knots=found.num_knots,
         seconds=time.perf_counter() - start,
         method="policy_iteration" if method == "auto" else method,
+    )
+
+
+def _hidden(finite: FiniteProblem, process: Observed, unit: float, tol: float, limit: int, start: float) -> Solution:
+    """Hidden regimes have a solver of their own (`mdp.observed`)."""
+    found = solve_hidden(finite, process.observation, tol=tol, limit=limit)
+    emitted, _, drafted = found.tally
+    throughput = float(np.clip(found.rate, *found.bounds) / unit)
+    return Solution(
+        throughput=throughput,
+        speedup=throughput * float(unit * finite.verify_time[0]),
+        bounds=(float(found.bounds[0] / unit), float(found.bounds[1] / unit)),
+        survival_threshold=None,
+        bias=np.zeros(finite.num_regimes),
+        **_per_round(emitted, drafted),
+        status=SolveStatus.successful if found.closed else SolveStatus.max_steps_reached,
+        num_sweeps=found.num_steps,
+        num_knots=found.opened,
+        seconds=time.perf_counter() - start,
+        method="point_based",
+        belief_rule=found.rule,
     )
 
 
@@ -237,8 +280,9 @@ def _close(
     threshold: Any = None
     if like is not None:
         padding = np.full((len(arrays.accept_prob) - depth, len(bias)), np.inf)
-        threshold = np.concatenate([np.repeat(like.threshold[:, :1], len(bias), axis=1), padding])
-        rate, num_knots = like.rate, like.num_knots
+        lowest = like.threshold.min(axis=1, keepdims=True)
+        threshold = np.concatenate([np.repeat(lowest, len(bias), axis=1), padding])
+        rate, num_knots = like.rate, min(like.num_knots, max_knots)
     iterate = iterate_values if by_values else _iterate
     max_knots = min(max_knots, MAX_KNOTS_SINGLE) if single else max_knots
     eps = float(np.finfo(np.float32 if single else np.float64).eps)
@@ -261,7 +305,8 @@ def _close(
             shift = (upper - lower) * np.ptp(finite.round_time)
             improving = upper - lower > tol * lower or shift > shift_tol
             closed = not improving and slack.max() <= slack_tol
-            if closed or (attempt >= 2 and 4 * num_knots > max_knots):
+            # Without a similar problem the first passes are blind.
+            if closed or (4 * num_knots > max_knots and (like is not None or attempt >= 2)):
                 break
             num_knots = num_knots if first else 4 * num_knots
     return _Found(rate, bias[into], (lower, upper), threshold[:depth][:, into], slack, _rates(arrays, result), closed,
@@ -271,7 +316,7 @@ def _close(
 def _bracketed(
     problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
 ) -> tuple[_Found, bool]:
-    r"""A continuous process between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
+    r"""A process of one regime between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
 
     The lower problem's threshold S is reported. With $D$ the worth of CONTINUE - STOP in the true problem at the true
     rate, $\hat S$ and $\hat\sigma$ the upper problem's threshold and slack, $\Delta$ the bounds' relative width and
@@ -312,6 +357,40 @@ def _bracketed(
     return found, closed
 
 
+def _enclosed(
+    problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
+) -> tuple[_Found, bool]:
+    """A process with a continuum of regimes between two finite problems, refined until their bounds agree.
+
+    The lower problem's table is reported, a column per node (`AcceptanceProcess.regimes`).
+    """
+    depth = int(problem.max_candidates)
+    allowed = [size for size in NODES if size == NODES[0] or size**2 * 4 * FIRST_KNOTS * depth <= MAX_PRODUCTS]
+    low: Any = None
+    high: Any = None
+    lower, upper, num_sweeps, size = 0.0, np.inf, 0, NODES[0]
+    while True:
+        # The gap falls with the square of the nodes' distance; knots have to close a part of it only.
+        goal, knots = max(tol / 4, size**-2.0), min(max_knots, 2 ** int(np.log2(MAX_PRODUCTS / (size**2 * depth))))
+        low, high = (
+            _close(_in_units(finite, unit), goal, np.inf, np.inf, knots, max_sweeps, like)
+            for finite, like in zip(problem.bracket(size), (low, high), strict=True)
+        )
+        num_sweeps += low.num_sweeps + high.num_sweeps
+        lower, upper = max(lower, low.bounds[0]), min(upper, high.bounds[1])
+        closed = upper - lower <= tol * lower
+        finer = [more for more in allowed if more > size]
+        if closed or not finer:
+            break
+        enough = 1.1 * size * np.sqrt((upper - lower) / (tol * lower)) if lower > 0 else np.inf
+        size = next((more for more in finer if more >= enough), finer[-1])
+    found = low._replace(
+        rate=(lower + upper) / 2, bounds=(lower, upper), threshold=low.threshold[:, :-1], bias=np.zeros(1),
+        num_sweeps=num_sweeps,
+    )  # fmt: skip
+    return found, closed
+
+
 def _bounds(
     finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray, seen: Sweep, eps: float
 ) -> tuple[float, float]:
@@ -333,7 +412,10 @@ def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
     found, law = result.sweep, arrays.initial
     if arrays.bonus is not None:  # several classes tie if all of them are optimal: any one will do
         law = stationary_law(found.next_start, recurrent_classes(found.next_start, law)[0])
-    emitted, drafted = float(law @ found.emitted), float(law @ found.drafted)
+    return _per_round(float(law @ found.emitted), float(law @ found.drafted))
+
+
+def _per_round(emitted: float, drafted: float) -> dict[str, Any]:
     return {
         "block_efficiency": emitted,
         "verification_rate": 1.0 / emitted,

@@ -8,7 +8,9 @@ independent *replicas* in a `vmap`. Exactly `rounds` rounds are counted per poli
 acceptance uniforms and one for the next start are drawn whether or not the policy stops. So every policy meets the
 same coins in the same round, and the standard error of a difference, taken over replicas, profits from it.
 
-*Continuous acceptances* are drawn by inverse CDF: each regime coin becomes the acceptance itself, outside of `jit`.
+*Continuous processes* draw their own rounds (`AcceptanceProcess.sample`), outside of `jit`: the regime coins become
+acceptances and what the stopper sees, and the step reads both. So do hidden regimes, of which a rule sees the symbols
+and the survival that follows from them, never the regime.
 
 *Start.* A persistent problem is asked for its long run, so replicas should start from the stationary law of the
 policy's start-regime chain M. (i) Where M is cheap to know exactly (`mdp.evaluate.round_law`) they do: there is no
@@ -38,12 +40,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from mdp import entrants
-from mdp.acceptance import BetaMixture
+from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.evaluate import long_run, round_law
 from mdp.metrics import Tally
-from mdp.policy import Observation, Outcome, Policy, PolicySpec
+from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.problem import FiniteProblem, StoppingProblem
+from mdp.process import AcceptanceProcess, Sampled
 from simulate.estimate import Comparison, PolicyResult
 
 __all__ = ["MAX_REPLICAS", "MIN_BURN_IN", "simulate"]
@@ -57,21 +60,33 @@ START, PILOT = 2**31, 2**31 + 1
 """Addresses that no round has, counted (0, 1, ..) or burnt in (-1, -2, ..)."""
 
 SHORT_CHUNK, LONG_CHUNK, COINS_PER_CHUNK = 32, 512, 2**22
-SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted"})
+SHOWN = frozenset(
+    {"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted", "symbol"}
+)
 
 
 class _World(NamedTuple):
-    """The problem as the step reads it: laws as cumulative rows, flattened; `after_*` are None if rounds renew.
+    """The problem as the step reads it: laws as cumulative rows, flattened; `after_*` are None if rounds renew."""
 
-    `transition` is None if acceptances are continuous: then the regime coins are acceptances.
-    """
-
-    transition: Float[Array, " ZZ"] | None
+    transition: Float[Array, " ZZ"]
     initial: Float[Array, " Z"]
     accept_prob: Float[Array, "K Z"]
     next_accept_prob: Float[Array, "K Z"]
     after_rejection: Float[Array, " ZZ"] | None
     after_bonus: Float[Array, " ZZ"] | None
+
+
+class _Drawn(NamedTuple):
+    """Rounds that the process drew itself, [R, K, B]: acceptance of candidate k + 1, and what is seen at k.
+
+    A field that the rule does not read is None; without `survival` the acceptances themselves are seen.
+    """
+
+    accept_prob: Any
+    next_accept_prob: Any
+    regime: Any
+    survival: Any = None
+    symbol: Any = None
 
 
 class _Drafting(NamedTuple):
@@ -134,11 +149,16 @@ def _rule(problem: StoppingProblem, spec: PolicySpec) -> Policy:
         from mdp.solve import solve
 
         policy = solve(problem).policy
-    hidden = entrants.needs(policy) - SHOWN
+    hidden = entrants.needs(policy) - (SHOWN - problem.acceptance.hides)
     if hidden:
         raise ValueError(f"policy {spec.text!r} needs {min(hidden)}, which a problem does not show")
     finite = problem.unseen()
-    policy = entrants.fit_depth(spec.text, policy, finite.max_candidates, finite.num_regimes)
+    num_regimes = problem.acceptance.num_regimes
+    if num_regimes is None and "regime" in entrants.needs(policy) and not isinstance(policy, ThresholdTable):
+        raise ValueError(f"policy {spec.text!r} needs regime, but {problem.acceptance.kind} has a continuum of them")
+    policy = entrants.fit_depth(spec.text, policy, finite.max_candidates, num_regimes)
+    if isinstance(problem.acceptance, Observed):
+        entrants.check_symbols(spec.text, policy, problem.acceptance.num_symbols)
     _register(type(policy))
     for f in fields(policy):  # type: ignore[arg-type]
         if np.asarray(getattr(policy, f.name)).dtype.kind not in "biuf":
@@ -197,13 +217,15 @@ def _stateless(rule: Policy) -> bool:
 def _play(problem: StoppingProblem, specs: list, rules: list, key: Any, quota: np.ndarray) -> list[Tally]:
     """All policies through all rounds, chunk by chunk, so that a chunk's coins are drawn once for all of them."""
     finite, process = problem.unseen(), problem.acceptance
-    world, size, needed = _world(finite, process.finite), len(quota), int(quota.max())
+    world, size, needed = _world(finite), len(quota), int(quota.max())
     # Two sizes of chunk, so that another number of rounds seldom means another compilation.
     affordable = COINS_PER_CHUNK // ((2 * finite.max_candidates + 1) * MAX_REPLICAS)
     chunk = min(SHORT_CHUNK if needed <= SHORT_CHUNK else LONG_CHUNK, affordable)
     before = -(-max(MIN_BURN_IN, needed // 5) // chunk)
     replica_keys = jax.vmap(partial(jr.fold_in, key))(jnp.arange(size, dtype=jnp.uint32))
     starts = [_start(world, finite, spec.text, rule, key) for spec, rule in zip(specs, rules, strict=True)]
+    columns = [rule.survival_threshold.shape[1] if isinstance(rule, ThresholdTable) else 1 for rule in rules]
+    reads = [entrants.needs(rule) for rule in rules]
     rules = [jax.tree_util.tree_map(jnp.asarray, rule) for rule in rules]
     carries = [_begin(rule, _cumulative(law), replica_keys) for rule, (law, _) in zip(rules, starts, strict=True)]
     counts = [jnp.zeros((3, size), dtype=jnp.int64)] * len(rules)
@@ -212,14 +234,28 @@ def _play(problem: StoppingProblem, specs: list, rules: list, key: Any, quota: n
     for index in range(-before if any(burn_in for _, burn_in in starts) else 0, -(-needed // chunk)):
         first = jnp.asarray(index * chunk, dtype=jnp.int64)
         coins = _coins(replica_keys, first, chunk, finite.max_candidates)
-        if isinstance(process, BetaMixture):
-            regime_coins, others = np.split(np.asarray(coins), [finite.max_candidates], axis=1)
-            coins = jnp.asarray(np.concatenate([process.quantile(regime_coins), others], axis=1))
+        by_candidate = np.moveaxis(np.asarray(coins), 1, 0)
+        sampled = process.sample(by_candidate[: finite.max_candidates], by_candidate[-1])
         for p, (rule, (_, burn_in)) in enumerate(zip(rules, starts, strict=True)):
             if index >= 0 or burn_in:
-                carries[p], count, time = _chunk(world, rule, carries[p], coins, first, quota_array, round_time)
+                drawn = None if sampled is None else _drawn(process, sampled, columns[p], reads[p])
+                carries[p], count, time = _chunk(
+                    world, rule, carries[p], (coins, drawn), first, quota_array, round_time
+                )
                 counts[p], times[p] = counts[p] + count, times[p] + time
     return [_tally(np.asarray(count), np.asarray(time), quota) for count, time in zip(counts, times, strict=True)]
+
+
+def _drawn(process: AcceptanceProcess, sampled: Sampled, columns: int, reads: frozenset[str]) -> _Drawn:
+    """The sampled rounds as one rule sees them; a table says by its columns how finely it tells states apart."""
+    seen = _Drawn(
+        sampled.accept_prob,
+        process.expected_next(sampled.state) if "next_accept_prob" in reads else None,
+        process.regimes(sampled.state, columns) if "regime" in reads else None,
+        sampled.survival,
+        sampled.symbol if "symbol" in reads else None,
+    )
+    return jax.tree_util.tree_map(lambda part: jnp.asarray(np.moveaxis(part, 0, 1)), seen)
 
 
 def _tally(count: np.ndarray, time: np.ndarray, quota: np.ndarray) -> Tally:
@@ -234,12 +270,12 @@ def _cumulative(law: np.ndarray) -> np.ndarray:
     return rows / rows[..., -1:]
 
 
-def _world(finite: FiniteProblem, visible: bool = True) -> _World:
+def _world(finite: FiniteProblem) -> _World:
     def rows(law: Any) -> Any:
         return None if law is None else jnp.asarray(_cumulative(law).ravel())
 
     return _World(
-        rows(finite.transition if visible else None), jnp.asarray(_cumulative(finite.initial)),
+        rows(finite.transition), jnp.asarray(_cumulative(finite.initial)),
         jnp.asarray(finite.accept_prob), jnp.asarray(finite.next_accept_prob),
         rows(finite.rejection), rows(finite.bonus),
     )  # fmt: skip
@@ -272,17 +308,21 @@ def _initial_state(rule: Any) -> Any:
     """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
     state = jax.tree_util.tree_map(jnp.asarray, rule.init())
     no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
-    seen = Observation(whole, real, real, whole, real, next_accepted=no if "next_accepted" in rule.needs else None)
+    clairvoyant = no if "next_accepted" in rule.needs else None
+    seen = Observation(whole, real, real, whole, real, next_accepted=clairvoyant, symbol=whole)
     after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], Outcome(whole, whole)), state)
     return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)
 
 
 @jax.jit
-def _chunk(world: _World, rule: Any, carry: Any, coins: Any, first: Any, quota: Any, round_time: Any) -> Any:
-    """The next rounds of one policy: new carry, then counts [drafted, accepted, rounds] and time per replica."""
+def _chunk(world: _World, rule: Any, carry: Any, chance: Any, first: Any, quota: Any, round_time: Any) -> Any:
+    """The next rounds of one policy: new carry, then counts [drafted, accepted, rounds] and time per replica.
+
+    `chance` is the rounds' coins and what the process made of them itself (`_Drawn`), or None.
+    """
     step = jax.vmap(partial(_round, world, rule), in_axes=(0, 1))
-    carry, (drafted, accepted) = jax.lax.scan(step, carry, coins)
-    rounds = first + jnp.arange(len(coins), dtype=jnp.int64)[:, None]
+    carry, (drafted, accepted) = jax.lax.scan(step, carry, chance)
+    rounds = first + jnp.arange(len(chance[0]), dtype=jnp.int64)[:, None]
     counted = (rounds >= 0) & (rounds < quota)
     counts = jnp.stack([jnp.sum(x * counted, axis=0) for x in (drafted, accepted, jnp.ones_like(drafted))])
     return carry, counts, jnp.sum(round_time[drafted] * counted, axis=0)
@@ -295,7 +335,8 @@ def _pilot(world: _World, rule: Any, key: Any, repeats: int) -> Any:
     starts = jnp.tile(jnp.arange(size, dtype=jnp.int64), PILOT_LANES)
 
     def one(start: Any, lane_key: Any) -> Any:
-        return _draft(world, rule, _initial_state(rule), start, jr.uniform(lane_key, (2 * depth,), dtype=jnp.float64))
+        coins = jr.uniform(lane_key, (2 * depth,), dtype=jnp.float64)
+        return _draft(world, rule, _initial_state(rule), start, coins, None)
 
     def repeat(total: Any, repeat_key: Any) -> Any:
         end = jax.vmap(one)(starts, jr.split(repeat_key, len(starts)))
@@ -306,13 +347,13 @@ def _pilot(world: _World, rule: Any, key: Any, repeats: int) -> Any:
     return jax.lax.scan(repeat, (none, none), jr.split(key, repeats))[0]
 
 
-def _round(world: _World, rule: Any, carry: Any, coins: Float[Array, " C"]) -> Any:
-    """One round of one replica: (state, start regime), coins -> the same for the next round, and what happened."""
-    state, start = carry
+def _round(world: _World, rule: Any, carry: Any, chance: tuple[Float[Array, " C"], _Drawn | None]) -> Any:
+    """One round of one replica: (state, start regime), chance -> the same for the next round, and what happened."""
+    (state, start), (coins, drawn) = carry, chance
     size = world.accept_prob.shape[1]
     if world.after_bonus is None:
         start = _pick(world.initial, jnp.zeros((), jnp.int64), size, coins[-1])
-    end = _draft(world, rule, state, start, coins)
+    end = _draft(world, rule, state, start, coins, drawn)
     state = rule.end_round(end.state, Outcome(end.num_drafted, end.num_accepted))
     state = jax.tree_util.tree_map(lambda new, old: jnp.asarray(new, old.dtype), state, end.state)
     if world.after_rejection is not None and world.after_bonus is not None:
@@ -322,30 +363,36 @@ def _round(world: _World, rule: Any, carry: Any, coins: Float[Array, " C"]) -> A
     return (state, start), (end.num_drafted, end.num_accepted)
 
 
-def _draft(world: _World, rule: Any, state: Any, start: Any, coins: Float[Array, " C"]) -> _Drafting:
+def _draft(
+    world: _World, rule: Any, state: Any, start: Any, coins: Float[Array, " C"], drawn: _Drawn | None
+) -> _Drafting:
     """Ask the rule and draft, up to K times; coins: K for regimes, K for acceptances, any others."""
     depth = world.accept_prob.shape[0]
     no, zero = jnp.zeros((), dtype=bool), jnp.zeros((), jnp.int64)
     one, nothing = jnp.ones((), jnp.float64), jnp.full((), jnp.nan, jnp.float64)
     begin = _Drafting(state, start, start, one, nothing, ~no, no, zero, zero)
-    coin_pairs = (jnp.arange(depth, dtype=jnp.int64), coins[:depth], coins[depth : 2 * depth])
-    return jax.lax.scan(lambda now, x: (_candidate(world, rule, now, *x), None), begin, coin_pairs)[0]
+    by_candidate = (jnp.arange(depth, dtype=jnp.int64), coins[:depth], coins[depth : 2 * depth], drawn)
+    return jax.lax.scan(lambda now, x: (_candidate(world, rule, now, *x), None), begin, by_candidate)[0]
 
 
-def _candidate(world: _World, rule: Any, now: _Drafting, k: Any, regime_coin: Any, accept_coin: Any) -> _Drafting:
+def _candidate(
+    world: _World, rule: Any, now: _Drafting, k: Any, regime_coin: Any, accept_coin: Any, drawn: _Drawn | None
+) -> _Drafting:
     """Ask the rule with k candidates drafted, and draft one more unless it stops (or has stopped before)."""
-    if world.transition is None:
-        regime, accept_prob = now.regime, regime_coin
-    else:
+    if drawn is None:
         regime = _pick(world.transition, now.regime, world.accept_prob.shape[1], regime_coin)
-        accept_prob = world.accept_prob[k, regime]
+        drawn = _Drawn(world.accept_prob[k, regime], world.next_accept_prob[k, now.regime], now.regime)
+    else:
+        regime = now.regime
+    accept_prob = drawn.accept_prob
     accepted = accept_coin < accept_prob
     seen = Observation(
         num_candidates=k,
-        survival=now.survival,
-        next_accept_prob=world.next_accept_prob[k, now.regime],
-        regime=now.regime,
-        token_accept_prob=now.token_accept_prob,
+        survival=now.survival if drawn.survival is None else drawn.survival,
+        next_accept_prob=drawn.next_accept_prob,
+        regime=drawn.regime,
+        token_accept_prob=now.token_accept_prob if drawn.survival is None else None,
+        symbol=drawn.symbol,
         # clairvoyance is shown to those only who say that they use it
         next_accepted=accepted & ~now.rejected if "next_accepted" in rule.needs else None,
     )

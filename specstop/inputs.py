@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from mdp import policy as rules
+from mdp.acceptance import Observed
 from mdp.cost import Affine, Cost
-from mdp.entrants import fit_depth
+from mdp.entrants import check_symbols, fit_depth
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
 
@@ -70,6 +71,8 @@ def _check_fits(spec: PolicySpec, problem: StoppingProblem) -> None:
         raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
     if spec.policy is not None:
         fit_depth(spec.text, spec.policy, problem.max_candidates, problem.acceptance.num_regimes)
+        if isinstance(problem.acceptance, Observed):
+            check_symbols(spec.text, spec.policy, problem.acceptance.num_symbols)
 
 
 def declared_cost(text: str) -> Cost:

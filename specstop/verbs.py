@@ -24,9 +24,12 @@ __all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema
 
 DONE, NOT_CONVERGED = 0, 3
 
+MOST_COLUMNS = 9
+"""Regimes whose thresholds are printed; a table has one column for each."""
+
 POLICY_COLUMNS = (
-    "policy", "signal", "throughput", "throughput_se", "throughput_interval", "speedup", "block_efficiency",
-    "verification_rate", "discard_rate", "mean_candidates", "gap",
+    "policy", "signal", "throughput", "throughput_bounds", "throughput_se", "throughput_interval", "speedup",
+    "block_efficiency", "verification_rate", "discard_rate", "mean_candidates", "gap",
 )  # fmt: skip
 
 DECODE_COLUMNS = (
@@ -74,16 +77,23 @@ def _solve(problem: Any, args: Namespace) -> Any:
 
 
 def _solution_text(path: str, result: Mapping[str, Any], advice: str) -> str:
-    scalars = {key: value for key, value in result.items() if key not in ("survival_threshold", "horizon")}
+    scalars = {
+        key: value for key, value in result.items() if key not in ("survival_threshold", "belief_rule", "horizon")
+    }
     scalars |= {f"horizon {key}": value for key, value in result.get("horizon", {}).items()}
+    head = "\n".join(filter(None, (path, key_values(scalars), advice and f"not converged: {advice}")))
+    if result["survival_threshold"] is None:
+        return head + "\n\nregimes are hidden: the rule follows the symbols (--json gives it, optimal:FILE plays it)"
+    columns = len(result["survival_threshold"][0])
+    shown = [round(j * (columns - 1) / (MOST_COLUMNS - 1)) for j in range(MOST_COLUMNS)]
+    shown = shown if columns > MOST_COLUMNS else list(range(columns))
     rows = [
-        {"k": k} | {f"regime {z}": "stop" if cell is None else cell for z, cell in enumerate(row)}
+        {"k": k} | {f"regime {z}": "stop" if row[z] is None else row[z] for z in shown}
         for k, row in enumerate(result["survival_threshold"])
     ]
-    thresholds = "draft candidate k + 1 iff survival >= threshold:\n" + table(rows)
-    return "\n\n".join(
-        ["\n".join(filter(None, (path, key_values(scalars), advice and f"not converged: {advice}"))), thresholds]
-    ) + ("\n" if len(rows) > 1 else "")
+    some = f" ({len(shown)} of {columns} regimes; --json gives all)" if len(shown) < columns else ""
+    thresholds = f"draft candidate k + 1 iff survival >= threshold{some}:\n" + table(rows)
+    return f"{head}\n\n{thresholds}" + ("\n" if len(rows) > 1 else "")
 
 
 def evaluate(args: Namespace) -> int:

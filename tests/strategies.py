@@ -13,13 +13,13 @@ is compiled once a shape.
 import numpy as np
 from hypothesis import strategies as st
 
-from mdp.acceptance import MarkovModulated, Position
+from mdp.acceptance import MarkovModulated, Observed, Position
 from mdp.cost import Affine, Table
 from mdp.problem import Persistent, StoppingProblem
 
 __all__ = [
-    "SHAPES", "affine_costs", "distributions", "position_problems", "probabilities", "problems", "scales",
-    "stochastic_matrices", "tables", "tame_probabilities",
+    "OBSERVED_SHAPES", "SHAPES", "affine_costs", "distributions", "observed_problems", "position_problems",
+    "probabilities", "problems", "scales", "stochastic_matrices", "tables", "tame_probabilities",
 ]  # fmt: skip
 
 SHAPES = ((1, 3), (2, 3), (3, 6))
@@ -125,3 +125,17 @@ def position_problems(draw, depth=6):
     """Acceptance by place in the round, with steps and dips in the times."""
     accept = draw(st.lists(probabilities(), min_size=depth, max_size=depth))
     return StoppingProblem(Position(accept), draw(tables(depth, dips=True)), depth)
+
+
+OBSERVED_SHAPES = ((1, 2, 3), (2, 2, 4), (3, 2, 5), (2, 3, 5), (3, 3, 4))
+"""(hidden regimes Z, symbols O, max_candidates K); O^K histories are few enough to enumerate."""
+
+
+@st.composite
+def observed_problems(draw, costs=None, shapes=OBSERVED_SHAPES):
+    """Hidden regimes, with channels from telling to mute, symbols that never come, and steps and dips in the times."""
+    size, symbols, depth = draw(st.sampled_from(shapes))
+    accept = draw(st.lists(probabilities(), min_size=size, max_size=size))
+    channel = np.array([draw(distributions(symbols)) for _ in range(size)])
+    process = Observed(draw(stochastic_matrices(size)), accept, draw(distributions(size)), channel)
+    return StoppingProblem(process, draw(costs if costs is not None else tables(depth, dips=True)), depth)

@@ -1,6 +1,7 @@
 """Continuous acceptances: brackets against adaptive integration, limits, and draws from the true law."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from scipy import integrate, optimize, special
 from mdp.acceptance import IID, BetaMixture
 from mdp.cost import Affine, Table
 from mdp.evaluate import evaluate
-from mdp.policy import ThresholdTable
+from mdp.policy import Policy, ThresholdTable
 from mdp.problem import Persistent, StoppingProblem, loads
+from mdp.rounded import enclose
 from mdp.solve import THRESHOLD_TOLERANCE, solve
 from simulate.rounds import simulate
 
@@ -125,15 +127,93 @@ def test_seeing_pays():
     assert solve(problem).throughput > 1.01 * max(fixed)
 
 
-def test_fixed_and_oracle_are_exact_and_others_are_refused():
+@dataclass(frozen=True)
+class OwnRule(Policy):
+    needs = ("survival",)
+
+    def stop(self, state, observation):
+        return state, observation.survival < 0.3
+
+
+def test_fixed_and_oracle_are_exact_and_rules_of_ones_own_are_refused():
     problem, iid = (StoppingProblem(p, COST, 5) for p in (BetaMixture(0.8, 2.0), IID(0.8)))
     for policy in ("fixed:0", "fixed:3", "oracle"):
-        assert evaluate(problem, policy).throughput == evaluate(iid, policy).throughput
-    for policy in ("rejection:0.4", "lookahead:0.4", ThresholdTable(np.zeros((5, 1)))):
-        with pytest.raises(ValueError, match="only fixed and oracle have an exact value; simulate it instead"):
-            evaluate(problem, policy)
+        found = evaluate(problem, policy)
+        assert found.throughput == evaluate(iid, policy).throughput and found.throughput_bounds is None
+    with pytest.raises(ValueError, match="only thresholds in survival can be enclosed; simulate it"):
+        evaluate(problem, OwnRule())
     with pytest.raises(ValueError, match="beta_mixture is continuous"):
         problem.lower()
+
+
+def by_integration(process, cost, threshold):
+    """Emitted and time per round of "two candidates at least if S_1 >= h_1, three if also S_2 >= h_2"."""
+    first, second = process.shapes
+    beta = special.beta(first, second)
+
+    def over_first(weight, reached):
+        """E[weight(a) reached(a); a >= h_1], the law's pole at 1 as a weight."""
+        return integrate.quad(
+            lambda a: weight(a) * reached(a) * a ** (first - 1), threshold[1], 1.0, weight="alg", wvar=(0, second - 1),
+            epsabs=1e-12, epsrel=1e-12,
+        )[0] / beta  # fmt: skip
+
+    three, four = (
+        over_first(weight, lambda a, shape=shape: special.betaincc(shape, second, min(1.0, threshold[2] / a)))
+        for weight, shape in ((lambda a: 1.0, first), (lambda a: process.mean * a, first + 1))
+    )
+    two = special.betaincc(first, second, threshold[1])
+    drafted = [1.0, two, three]
+    weights = [1.0, process.mean * special.betaincc(first + 1, second, threshold[1]), four]
+    times = cost.round_times(3)
+    return 1 + process.mean * sum(weights), times[0] + np.diff(times) @ drafted
+
+
+@pytest.mark.parametrize("cost", [COST, DIPS], ids=["even", "dips"])
+@pytest.mark.parametrize("process", PROCESSES, ids=str)
+def test_a_threshold_is_enclosed_between_its_roundings(process, cost):
+    threshold = np.array([0.5, 0.7, 0.35])
+    emitted, time = by_integration(process, cost, threshold)
+    widths = []
+    for cells in (2**10, 2**13):
+        found = enclose(process, threshold, cost.round_times(3), cells)
+        assert found.emitted[0] <= emitted <= found.emitted[1] and found.time[0] <= time <= found.time[1]
+        widths.append(np.diff(found.emitted)[0])
+    assert 6 < widths[0] / widths[1] < 10
+    result = evaluate(StoppingProblem(process, cost, 3), ThresholdTable(threshold[:, None]))
+    assert result.throughput_bounds[0] <= result.throughput <= result.throughput_bounds[1]
+    assert result.throughput == pytest.approx(emitted / time, rel=1e-5)
+    assert result.to_dict()["throughput_bounds"] == list(result.throughput_bounds)
+
+
+def test_the_optimum_is_worth_its_bounds_and_no_rule_more():
+    problem = StoppingProblem(BetaMixture(0.8, 2.0), COST, 6)
+    solution = solve(problem)
+    best_rule = evaluate(problem, "optimal", solution=solution)
+    assert best_rule.throughput_bounds[0] <= solution.bounds[1] and solution.bounds[0] <= best_rule.throughput_bounds[1]
+    lookahead, rejection = (evaluate(problem, p, solution=solution) for p in ("lookahead:0.6", "rejection:0.5"))
+    assert lookahead.throughput == pytest.approx(rejection.throughput, rel=1e-9)  # 1 - 0.6 = 0.8 (1 - 0.5)
+    assert rejection.throughput_bounds[0] <= solution.bounds[1] and rejection.gap[0] > 1e-4
+
+
+def test_extreme_thresholds_are_fixed_lengths():
+    problem = StoppingProblem(BetaMixture(0.8, 20.0), COST, 4)
+    for policy, length in (("rejection:1", 4), ("rejection:0", 1), (ThresholdTable(np.full((1, 1), np.inf)), 0)):
+        exact = evaluate(problem, f"fixed:{length}").throughput
+        assert evaluate(problem, policy).throughput == pytest.approx(exact, rel=1e-5)
+
+
+def test_what_is_too_wide_is_refused_with_its_width(monkeypatch):
+    monkeypatch.setattr("mdp.evaluate.WIDEST", 1e-9)
+    with pytest.raises(ValueError, match=r"relative width \d\.\de-\d\d; simulate it instead"):
+        evaluate(StoppingProblem(BetaMixture(0.8, 2.0), COST, 4), "rejection:0.4")
+
+
+@pytest.mark.parametrize("policy", ["rejection:0.4", "lookahead:0.4"])
+@pytest.mark.parametrize("mean", [0.0, 1.0])
+def test_sure_acceptances_have_an_exact_value(mean, policy):
+    ours, iid = (StoppingProblem(p, COST, 4) for p in (BetaMixture(mean, 2.0), IID(mean)))
+    assert evaluate(ours, policy).throughput == evaluate(iid, policy).throughput
 
 
 @pytest.mark.parametrize("process", [BetaMixture(0.7, 3.0), BetaMixture(0.8, 0.3)], ids=str)
