@@ -316,7 +316,7 @@ def _afresh(problem: StoppingProblem, unit: float, tol: float, max_knots: int, m
     depth = finite.max_candidates
     most = np.cumsum(process.mean ** np.arange(1, depth + 1))[::-1]  # L for k = 0..K-1
     rate, lowest, lower, upper, num_sweeps = 1.0 / float(finite.verify_time[0]), 1e-3, 0.0, np.inf, 0
-    counts = [count for count in COUNTS if count <= max_knots] or [max_knots]
+    counts = [count for count in COUNTS if count <= max(max_knots, COUNTS[0])]
     for count in counts:
         knots = Knots(process, count, lowest)
         for _ in range(max_sweeps):
@@ -359,7 +359,8 @@ def _enclosed(
     lower, upper, num_sweeps, size = 0.0, np.inf, 0, NODES[0]
     while True:
         # The gap falls with the square of the nodes' distance; knots have to close a part of it only.
-        goal, knots = max(tol / 4, size**-2.0), min(max_knots, 2 ** int(np.log2(MAX_PRODUCTS / (size**2 * depth))))
+        goal = max(tol / 4, size**-2.0)
+        knots = max(FIRST_KNOTS, min(max_knots, 2 ** int(np.log2(MAX_PRODUCTS / (size**2 * depth)))))
         low, high = (
             _close(_in_units(finite, unit), goal, np.inf, np.inf, knots, max_sweeps, like)
             for finite, like in zip(problem.bracket(size), (low, high), strict=True)
