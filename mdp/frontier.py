@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mdp.evaluate import RoundLaw, TreeTooLarge, check_exact, long_run, round_laws
+from mdp.evaluate import RoundLaw, TreeTooLarge, long_run, round_laws
 from mdp.metrics import Tally
-from mdp.policy import TIE, FixedLength, LookaheadThreshold, Observation, PolicySpec, RejectionThreshold
+from mdp.policy import TIE, FixedLength, LookaheadThreshold, Observation, RejectionThreshold
 from mdp.problem import FiniteProblem, StoppingProblem
 
 __all__ = ["FAMILIES", "Frontier", "frontier"]

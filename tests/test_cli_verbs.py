@@ -111,6 +111,30 @@ def test_what_a_continuous_process_cannot_have_is_refused_before_any_work(capsys
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "acceptance",
+    [{"kind": "beta_mixture", "mean": 0.8, "concentration": 5},
+     {"kind": "logit_ar", "logit_mean": 1.5, "logit_deviation": 1, "correlation": 0.5}],
+    ids=lambda acceptance: acceptance["kind"],
+)  # fmt: skip
+def test_continuous_processes_come_through_the_problem_file(lines, text, tmp_path, acceptance, monkeypatch):
+    monkeypatch.setattr("mdp.solve.NODES", (127, 255))
+    path = tmp_path / "problem.json"
+    path.write_text(json.dumps(json.loads(PROBLEM.read_text()) | {"acceptance": acceptance, "max_candidates": 3}))
+    (answer,) = lines("solve", path, "--tol", "1e-3")
+    assert set(answer) == SOLVE_KEYS and len(answer["survival_threshold"]) == 3
+    lower, upper = answer["bounds"]
+    assert lower <= answer["throughput"] <= upper <= lower * 1.001
+    (rough,) = lines("solve", path, "--tol", "1e-15", "--max-knots", "1", code=3)
+    assert rough["bounds"][0] <= upper and lower <= rough["bounds"][1]
+    shown = text("solve", path, "--tol", "1e-3")
+    assert ("(9 of " in shown) == (len(answer["survival_threshold"][0]) > 9)
+    (fixed,) = lines("evaluate", path, "--policy", "fixed:2", "--tol", "1e-3")
+    assert set(fixed) == EVALUATE_KEYS and fixed["gap"][1] >= -1e-9
+    found = lines("simulate", path, "--policy", "fixed:2", "lookahead:0.4", "--rounds", "2000", "--seed", "1")[0]
+    assert abs(found["policies"][0]["throughput"] - fixed["throughput"]) <= 5 * found["policies"][0]["throughput_se"]
+
+
 def test_evaluate_answers_one_line_a_policy_as_typed(lines, tmp_path):
     (solution,) = lines("solve", PROBLEM)
     saved = tmp_path / "solution.json"
