@@ -40,6 +40,7 @@ from mdp.solve import solve
 __all__ = ["HorizonSolution", "solve_horizon"]
 
 MAX_TOKENS = 1_000_000
+MAX_THRESHOLDS = 2**27  # in all; each n has its own
 FIRST_KNOTS = 256
 CHUNK = 128  # tokens per compiled call, so that any n finds its program compiled
 REACH = 0.5  # close to the end, thresholds may lie below those of the long run
@@ -98,14 +99,14 @@ def solve_horizon(
         max_knots: most knots per depth before giving up with status `max_steps_reached`.
 
     Raises:
-        ValueError: if `num_tokens` is not a whole number in 1..1000000, a limit is not positive, or acceptance is
-            continuous.
+        ValueError: if `num_tokens` is not a whole number in 1..1000000 or its thresholds would not fit, a limit is not
+            positive, or acceptance is continuous.
 
     Example:
         >>> from mdp.acceptance import IID
         >>> from mdp.cost import Affine
         >>> solution = solve_horizon(StoppingProblem(IID(0.5), Affine(0.25, 1.0), max_candidates=2), 2)
-        >>> solution.expected_time.tolist()  # the last token: one plain step; the last two: one candidate first
+        >>> solution.expected_time.round(9).tolist()  # one plain step for the last token, a candidate for the last two
         [0.0, 1.0, 1.75]
     """
     whole = isinstance(num_tokens, (int, np.integer)) and not isinstance(num_tokens, bool)
@@ -115,6 +116,9 @@ def solve_horizon(
         raise ValueError(f"max_knots: must be > 0, got {max_knots!r}")
     begun = time.perf_counter()
     finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+    if num_tokens * finite.accept_prob.size > MAX_THRESHOLDS:
+        most = MAX_THRESHOLDS // finite.accept_prob.size
+        raise ValueError(f"num_tokens: at most {most} for a problem of this size, got {num_tokens}")
     long_run = solve(finite, tol=tol)
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
     scaled = finite._replace(draft_time=finite.draft_time / unit, verify_time=finite.verify_time / unit)

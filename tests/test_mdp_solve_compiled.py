@@ -62,8 +62,7 @@ def test_one_program_serves_every_number_of_tokens(compilations):
     assert 0 < first == len(compilations)
 
 
-@pytest.mark.parametrize("method", ["policy_iteration", "value_iteration"])
-@pytest.mark.parametrize("coupling", ["renewal", "persistent"])
+@pytest.mark.parametrize(("coupling", "method"), [("renewal", "value_iteration"), ("persistent", "policy_iteration")])
 def test_compiled_equals_uncompiled(coupling, method):
     problem = random_problem(3, 2, 2, coupling)
     options = {"method": method, "tol": 1e-3, "max_knots": 1, "max_sweeps": 3}
