@@ -38,7 +38,7 @@ __all__ = [
 
 MAX_REGIMES = 4096
 MAX_VOCABULARY = 32
-MAX_HIDDEN, MAX_SYMBOLS = 64, 1024
+MAX_HIDDEN, MAX_SYMBOLS = 32, 256
 
 
 @dataclass(frozen=True)
