@@ -22,21 +22,7 @@ SQRT_TWO_PI = math.sqrt(2.0 * math.pi)
 class BetaMixture(AcceptanceProcess):
     r"""$a_i$ iid Beta with the given mean and concentration: shapes $(mc, (1-m)c)$, seen once drafted; rounds renew.
 
-    The law is continuous, so it is bracketed. Let $J_k(S)$ be the best value of a renewal round from depth k on at
-    survival S and any rate (`mdp.price`): $J_k = \max\{-\rho V(k),\, -\rho t_d + E[G_k(S, a)]\}$ with
-    $G_k(S, a) = Sa + J_{k+1}(Sa)$, and $J_K = -\rho V(K)$.
-
-    *Claim.* Cut [0, 1] into cells. Moving each cell's mass to its conditional mean gives $\check J_k \le J_k$;
-    splitting it over the cell's two ends so that the mean stays gives $\hat J_k \ge J_k$; all three are convex in S.
-    *Proof* by induction from $k = K$, where they agree. If $J_{k+1}$ is convex, then so is $S \mapsto G_k(S, a)$ for
-    every a, hence its mean under any law, hence the maximum with a constant: all three stay convex. As
-    $a \mapsto G_k(S, a)$ is convex too, within a cell its value at the conditional mean is at most its conditional
-    mean (Jensen), and its chord is at least that (Edmundson, Madansky); and $G_k$ only grows with $J_{k+1}$. $\square$
-
-    So $\check T_\rho \le T_\rho \le \hat T_\rho$ at every rate, and their roots, the best throughputs, are in the same
-    order. The gap falls with the square of the cells' width; where the value's curvature is even, widths
-    $\propto f^{-1/3}$ make it least, f the density (Bennett 1948). That is what equal cells under the Beta law
-    $((mc + 2)/3, ((1-m)c + 2)/3)$, whose density is $\propto f^{1/3}$, give.
+    Solved in `mdp.independent`, thresholds evaluated in `mdp.rounded`, both by the law's partial moments.
     """
 
     mean: float
@@ -57,17 +43,18 @@ class BetaMixture(AcceptanceProcess):
 
     def unseen(self, max_candidates: int) -> FiniteChain:
         """Every acceptance at its mean."""
-        return _draws(np.array([self.mean]), np.ones(1), max_candidates)
+        one = np.ones((1, 1))
+        return FiniteChain(one, np.full((max_candidates, 1), self.mean), one[0])
 
     @property
     def sure(self) -> bool:
         """Whether every acceptance is 0, or every one is 1."""
         return min(self.shapes) == 0.0
 
-    def below(self, value: Float[np.ndarray, "..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-        """$P(a < x)$ and $E[a; a < x]$, unless they are `sure`."""
+    def above(self, value: Float[np.ndarray, "..."]) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+        """$P(a > x)$ and $E[a; a > x]$, unless they are `sure`."""
         first, second = self.shapes
-        return special.betainc(first, second, value), self.mean * special.betainc(first + 1, second, value)
+        return special.betaincc(first, second, value), self.mean * special.betaincc(first + 1, second, value)
 
     def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled:
         """By inverse CDF: each coin is the probability of a lesser acceptance."""
@@ -76,28 +63,6 @@ class BetaMixture(AcceptanceProcess):
 
     def expected_next(self, state: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         return np.full(np.shape(state), self.mean)
-
-    def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
-        first, second = self.shapes
-        if self.sure:
-            chain = self.unseen(max_candidates)
-            return chain, chain
-        shares = np.linspace(0.0, 1.0, cells + 1)
-        ends = np.unique(np.r_[0.0, special.betaincinv((first + 2) / 3, (second + 2) / 3, shares), 1.0])
-        mass, moment = (np.diff(part) for part in self.below(ends))
-        left, right = ends[:-1], ends[1:]
-        centre = np.clip(moment / np.where(mass > 0, mass, 1.0), left, right)
-        to_right = mass * (centre - left) / (right - left)
-        split = np.append(mass - to_right, 0.0) + np.append(0.0, to_right)
-        return _draws(centre, mass, max_candidates), _draws(ends, split, max_candidates)
-
-
-def _draws(values: np.ndarray, mass: np.ndarray, max_candidates: int) -> FiniteChain:
-    """The chain whose every step draws one of `values` afresh; its rows are one row, not copies."""
-    kept = mass > 0
-    values, law = values[kept], mass[kept] / mass[kept].sum()
-    size = len(law)
-    return FiniteChain(np.broadcast_to(law, (size, size)), np.broadcast_to(values, (max_candidates, size)), law)
 
 
 @dataclass(frozen=True)

@@ -122,14 +122,12 @@ class StoppingProblem:
         """The arrays solvers work on; checked and cached.
 
         Raises:
-            ValueError: if no finite chain equals the process (`acceptance.finite` is false): then `bracket` it.
+            ValueError: if no finite chain equals the process (`acceptance.finite` is false).
         """
         return self._lowered
 
     def bracket(self, cells: int) -> tuple[FiniteProblem, FiniteProblem]:
-        """Two finite problems whose best throughputs enclose this one's; twice itself if the process is finite."""
-        if self.acceptance.finite:
-            return self.lower(), self.lower()
+        """Two finite problems whose best throughputs enclose this one's, for a continuous process with memory."""
         low, high = self.acceptance.bracket(int(self.max_candidates), cells)
         return self._checked(low), self._checked(high)
 

@@ -130,7 +130,7 @@ class AcceptanceProcess:
 
     kind: ClassVar[str]
     finite: ClassVar[bool] = True
-    """Whether it lowers exactly; otherwise it is bracketed between two chains, and draws its own samples."""
+    """Whether it lowers exactly; otherwise it is enclosed from both sides, and draws its own samples."""
 
     hides: ClassVar[frozenset[str]] = frozenset({"symbol"})
     """Fields of an observation that a stopper does not see here."""
@@ -146,7 +146,7 @@ class AcceptanceProcess:
         Raises:
             ValueError: if the process does not fit that many, or is continuous.
         """
-        raise ValueError(f"acceptance: {self.kind} is continuous, no finite chain equals it; bracket it")
+        raise ValueError(f"acceptance: {self.kind} is continuous, no finite chain equals it")
 
     def unseen(self, max_candidates: int) -> FiniteChain:
         """The chain that rules meet which look at nothing but the depth."""
@@ -155,10 +155,9 @@ class AcceptanceProcess:
     def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
         """Two chains whose best throughputs enclose that of the process, whatever the (renewal) problem.
 
-        `cells` says how finely a continuous law is cut; a finite process is its own bracket.
+        `cells` says how finely a continuous law with memory is cut.
         """
-        chain = self.lower(max_candidates)
-        return chain, chain
+        raise NotImplementedError
 
     def start_laws(self) -> StartLaws | None:
         """The coupling of rounds, for processes that leave no choice; None: the problem says."""

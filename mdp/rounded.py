@@ -75,9 +75,9 @@ def _walk(
     last = survival[-1] if rounded_up else 0.0  # where the open cell's survival is taken to be
     size = fft.next_fast_len(2 * cells + 1, real=True)
     spectra = []
-    for below in process.below(survival):
+    for beyond in process.above(survival):
         steps = np.zeros(cells + 1)
-        steps[0 if rounded_up else 1 :][:cells] = below[:-1] - below[1:]
+        steps[0 if rounded_up else 1 :][:cells] = np.diff(beyond)
         spectra.append(fft.rfft(steps, size))
     totals = np.array([1.0, process.mean])
     mass, beyond = np.zeros((2, cells + 1)), np.zeros(2)

@@ -22,8 +22,8 @@ is taken as it is).
 
 *Hidden regimes* have a method of their own, `mdp.observed`.
 
-*Continuous processes* are solved between two finite problems (`_bracketed`): the lower bound is that of the lower
-one, the upper bound that of the upper one.
+*Continuous processes* are enclosed from both sides: those drawn afresh without any cells (`mdp.independent`), those
+with memory between two finite problems (`_enclosed`), whose lower and upper bound are taken.
 
 References: Dinkelbach (1967); Howard (1960); Huang, Guo, Wang, SpecDec++ (arXiv 2405.19715).
 """
@@ -42,12 +42,15 @@ import numpy as np
 from mdp.acceptance import Observed
 from mdp.certificate import certificate
 from mdp.chain import recurrent_classes, stationary_law
+from mdp.continuous import BetaMixture
+from mdp.independent import Knots, price
 from mdp.knots import Grid, even_and_kinks, place
 from mdp.lattice import Rules
 from mdp.observed import solve_hidden
 from mdp.policy import BeliefRule, ThresholdTable
 from mdp.price import Arrays, Sweep, lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
+from mdp.rounded import enclose
 
 __all__ = ["Solution", "SolveStatus", "certificate", "improve", "solve"]
 
@@ -57,11 +60,11 @@ THRESHOLD_TOLERANCE = 1e-6
 MAX_SWEEPS = 60
 FIRST_KNOTS = 128
 
-CELLS, MAX_ENTRIES = (255, 1023, 2047, 4095), 2**26
-"""Cells of a law that is drawn afresh, coarse to fine, one less than a padded size; most cells x knots x depths."""
+COUNTS = tuple(2**power for power in range(10, 25, 2))
+"""Knots where acceptances are drawn afresh."""
 
 NODES, MAX_PRODUCTS = (127, 255, 511, 1023, 2047), 2**33
-"""Nodes of a law that depends on the one before, likewise; and the most nodes^2 x knots x depths."""
+"""Nodes of a law with memory, coarse to fine, one less than a padded size; and the most nodes^2 x knots x depths."""
 
 
 class SolveStatus(enum.Enum):
@@ -86,8 +89,8 @@ class Solution:
             are hidden: then `belief_rule` says when to stop.
         bias: [Z] relative value of each start regime in tokens; zeros if rounds renew.
         block_efficiency, verification_rate, discard_rate, mean_candidates: of the policy found; for a continuous
-            process, what they are in the finite problem that bounds it from below; with hidden regimes, of the rule
-            behind the lower bound.
+            process with memory, what they are in the finite problem that bounds it from below; with hidden regimes, of
+            the rule behind the lower bound.
         status: `successful`, or why not, with advice.
         num_sweeps, num_knots: backward inductions done in all, and knots per depth in the last pass.
         seconds: wall time, compilation included.
@@ -217,11 +220,12 @@ def solve(
     finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
     # Times in units of about the longest round, so that "never worth it" is a number; a power of two rounds nothing.
     unit = 2.0 ** np.frexp(finite.round_time.max())[1]
-    if isinstance(problem, StoppingProblem) and isinstance(problem.acceptance, Observed):
-        return _hidden(_in_units(finite, unit), problem.acceptance, unit, tol, max_knots, start)
-    if isinstance(problem, StoppingProblem) and not problem.acceptance.finite:
-        bracketed = _enclosed if problem.acceptance.num_regimes is None else _bracketed
-        found, closed = bracketed(problem, unit, tol, max_knots, max_sweeps)
+    process = problem.acceptance if isinstance(problem, StoppingProblem) else None
+    if isinstance(process, Observed):
+        return _hidden(_in_units(finite, unit), process, unit, tol, max_knots, start)
+    if isinstance(problem, StoppingProblem) and process is not None and not process.finite:
+        continuous = _afresh if isinstance(process, BetaMixture) else _enclosed
+        found, closed = continuous(problem, unit, tol, max_knots, max_sweeps)
     else:
         half = THRESHOLD_TOLERANCE / 2
         found = _close(_in_units(finite, unit), tol, half, half, max_knots, max_sweeps)
@@ -253,7 +257,7 @@ def _hidden(finite: FiniteProblem, process: Observed, unit: float, tol: float, l
         bounds=(float(found.bounds[0] / unit), float(found.bounds[1] / unit)),
         survival_threshold=None,
         bias=np.zeros(finite.num_regimes),
-        **_per_round(emitted, drafted),
+        **_counts(emitted, drafted),
         status=SolveStatus.successful if found.closed else SolveStatus.max_steps_reached,
         num_sweeps=found.num_steps,
         num_knots=found.opened,
@@ -331,46 +335,48 @@ def _close(
                   num_sweeps, num_knots)  # fmt: skip
 
 
-def _bracketed(
-    problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int
-) -> tuple[_Found, bool]:
-    r"""A process of one regime between two finite problems (`AcceptanceProcess.bracket`), refined until both agree.
+def _afresh(problem: StoppingProblem, unit: float, tol: float, max_knots: int, max_sweeps: int) -> tuple[_Found, bool]:
+    r"""Acceptances drawn afresh from a continuous law (`mdp.independent`), with more knots until the bounds agree.
 
-    The lower problem's threshold S is reported. With $D$ the worth of CONTINUE - STOP in the true problem at the true
-    rate, $\hat S$ and $\hat\sigma$ the upper problem's threshold and slack, $\Delta$ the bounds' relative width and
-    $L = \sum_{j=1}^{K-k} m^j$ the most tokens any rule can still expect per unit of survival (both problems keep the
-    mean acceptance m),
-
-    $$-\Delta S L \le D(S) \le \hat\sigma + L (S - \hat S)^+ + \Delta S L :$$
-
-    $D$ is non-decreasing in survival with slope at most L; a rule that breaks even at S spends at most $S L / \rho$ on
-    it, which is what a change of the rate is multiplied with; and at equal rates the problems are in order. Where the
-    right side is at most `THRESHOLD_TOLERANCE` for every k, S is right wherever $|D|$ exceeds that.
+    Thresholds S are those from below. With $D$ the worth of CONTINUE - STOP at the true rate, $\sigma$ the slack at S,
+    $\Delta$ the bounds' relative width and $L = \sum_{j=1}^{K-k} m^j$ the most tokens any rule can still expect per
+    unit of survival, $-\Delta S L \le D(S) \le \sigma + \Delta S L$: a rule that breaks even at S spends at most
+    $S L / \rho$ on it, which is what a change of the rate is multiplied with. Where the right side is at most
+    `THRESHOLD_TOLERANCE` for every k, S is right wherever $|D|$ exceeds that.
     """
-    depth = int(problem.max_candidates)
-    mean = problem.unseen().next_accept_prob[:, 0]
-    most = np.cumsum(np.cumprod(mean[::-1]))[::-1]  # L for k = 0..K-1
-    low: Any = None
-    high: Any = None
-    lower, upper, closed, num_sweeps = 0.0, np.inf, False, 0
-    for level, cells in enumerate(CELLS):
-        fine, knots = level > 0, min(max_knots, MAX_ENTRIES // (depth * cells))
-        goal, slack = (tol / 4, THRESHOLD_TOLERANCE / 4) if fine else (max(tol, 1e-5), np.inf)
-        low, high = (
-            _close(_in_units(finite, unit), goal, slack, np.inf, knots, max_sweeps, like)
-            for finite, like in zip(problem.bracket(cells), (low, high), strict=True)
-        )
-        num_sweeps += low.num_sweeps + high.num_sweeps
-        lower, upper = max(lower, low.bounds[0]), min(upper, high.bounds[1])
-        at, above = (np.minimum(found.threshold[:, 0], 1.0) for found in (low, high))
+    process, finite = problem.acceptance, _in_units(problem.unseen(), unit)
+    assert isinstance(process, BetaMixture)
+    if process.sure:
+        found = _close(finite, tol, THRESHOLD_TOLERANCE / 2, THRESHOLD_TOLERANCE / 2, max_knots, max_sweeps)
+        return found, found.closed
+    depth = finite.max_candidates
+    most = np.cumsum(process.mean ** np.arange(1, depth + 1))[::-1]  # L for k = 0..K-1
+    rate, lowest, lower, upper, num_sweeps = 1.0 / float(finite.verify_time[0]), 1e-3, 0.0, np.inf, 0
+    counts = [count for count in COUNTS if count <= max_knots] or [max_knots]
+    for count in counts:
+        knots = Knots(process, count, lowest)
+        for _ in range(max_sweeps):
+            priced = price(knots, rate, finite.draft_time, finite.verify_time)
+            num_sweeps += 1
+            if abs(priced.lower) <= 1e-3 * tol * rate * priced.time:
+                break
+            rate += priced.lower / priced.time
+        low, high = certificate(rate, priced.lower, priced.upper, finite.round_time, 0.0, count)
+        lower, upper = max(lower, float(low)), min(upper, float(high))
+        at = np.minimum(priced.threshold, 1.0)
         unsure = (upper - lower) / max(lower, np.finfo(float).tiny) * at * most
-        off = high.slack + most * np.maximum(at - above, 0.0) + unsure
-        closed = upper - lower <= tol * lower and off.max() <= THRESHOLD_TOLERANCE
-        if closed or (fine and not (low.closed and high.closed)):
-            break  # in the second case knots are what limits, and finer cells need more of them
-    found = low._replace(
-        rate=(lower + upper) / 2, bounds=(lower, upper), threshold=low.threshold[:, :1], bias=np.zeros(1),
-        num_sweeps=num_sweeps,
+        closed = upper - lower <= tol * lower
+        if closed and (priced.slack + unsure).max() > THRESHOLD_TOLERANCE:
+            priced = price(knots, rate, finite.draft_time, finite.verify_time, sharp=True)
+            closed = bool((priced.slack + unsure).max() <= THRESHOLD_TOLERANCE)
+        if closed:
+            break
+        lowest = 0.8 * float(min(at[at > 0], default=1e-3 / 0.8))
+    drawn = enclose(process, priced.threshold, finite.round_time, cells=2**14)
+    emitted, drafted = float(drawn.emitted.mean()), float(drawn.drafted.mean())
+    found = _Found(
+        (lower + upper) / 2, np.zeros(1), (lower, upper), priced.threshold[:, None], priced.slack,
+        _counts(emitted, drafted), closed, num_sweeps, count,
     )  # fmt: skip
     return found, closed
 
@@ -425,10 +431,11 @@ def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
     found, law = result.sweep, arrays.initial
     if arrays.bonus is not None:  # several classes tie if all of them are optimal: any one will do
         law = stationary_law(found.next_start, recurrent_classes(found.next_start, law)[0])
-    return _per_round(float(law @ found.emitted), float(law @ found.drafted))
+    return _counts(float(law @ found.emitted), float(law @ found.drafted))
 
 
-def _per_round(emitted: float, drafted: float) -> dict[str, Any]:
+def _counts(emitted: float, drafted: float) -> dict[str, Any]:
+    """The rates of a solution from tokens and candidates per round."""
     return {
         "block_efficiency": emitted,
         "verification_rate": 1.0 / emitted,
