@@ -274,7 +274,7 @@ class _Found(NamedTuple):
     bounds: tuple[float, float]
     threshold: np.ndarray
     slack: np.ndarray
-    rates: dict[str, float]
+    rates: dict[str, Any]
     closed: bool
     num_sweeps: int
     num_knots: int
@@ -426,7 +426,7 @@ def _bounds(finite: FiniteProblem, arrays: Arrays, rate: float, bias: np.ndarray
     return float(lower), float(upper)
 
 
-def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
+def _rates(arrays: Arrays, result: _Result) -> dict[str, Any]:
     """Long-run rates of the policy found, under the stationary law of the start regime."""
     found, law = result.sweep, arrays.initial
     if arrays.bonus is not None:  # several classes tie if all of them are optimal: any one will do
