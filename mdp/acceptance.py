@@ -38,7 +38,7 @@ __all__ = [
 
 MAX_REGIMES = 4096
 MAX_VOCABULARY = 32
-MAX_HIDDEN, MAX_SYMBOLS = 64, 1024
+MAX_HIDDEN, MAX_SYMBOLS = 32, 256
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,9 @@ class Observed(AcceptanceProcess):
 
     def lower(self, max_candidates: int) -> FiniteChain:
         raise ValueError("acceptance: observed hides its regimes, no chain that shows them equals it")
+
+    def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
+        return self.lower(max_candidates), self.lower(max_candidates)  # which refuses
 
     def unseen(self, max_candidates: int) -> FiniteChain:
         """The chain for rules that do not look."""

@@ -26,7 +26,10 @@ from mdp.problem import FiniteProblem
 
 __all__ = ["Blind", "Seen", "blind", "hull", "prices", "relaxed", "seen"]
 
-KNOTS = 1025
+MOST_KNOTS, LEAST_KNOTS, MAX_VALUES = 1025, 65, 2**24
+"""Knots of survival, and how many values of the visible problem are kept."""
+
+MOST_BLIND = 128
 PIVOTS = 6
 SMALLEST_PIVOT = 1e-9
 SHRINK = 1.0 - 1e-12
@@ -53,20 +56,21 @@ def prices(problem: FiniteProblem) -> Float[np.ndarray, " K"]:
 
 
 def blind(problem: FiniteProblem, k: int) -> Blind:
-    """Rules from depth k on that do not look; none at k = K."""
+    """Rules from depth k on that do not look, up to `MOST_BLIND` more candidates; none at k = K."""
     flow, total, rows = np.eye(problem.num_regimes), np.zeros(problem.num_regimes), []
-    for accept in problem.accept_prob[k:]:
+    for accept in problem.accept_prob[k : k + MOST_BLIND]:
         flow = flow @ (problem.transition * accept)
         total = total + flow.sum(axis=1)
         rows.append(total)
-    return Blind(np.reshape(rows, (-1, problem.num_regimes)), np.cumsum(prices(problem)[k:]))
+    return Blind(np.reshape(rows, (-1, problem.num_regimes)), np.cumsum(prices(problem)[k : k + MOST_BLIND]))
 
 
 def seen(problem: FiniteProblem, rate: float) -> Seen:
     """The visible problem from above, by backward induction."""
-    knots = np.linspace(0.0, 1.0, KNOTS)
     depth, size = problem.accept_prob.shape
-    value = np.zeros((depth + 1, size, KNOTS))
+    count = min(MOST_KNOTS, max(LEAST_KNOTS, MAX_VALUES // ((depth + 1) * size)))
+    knots = np.linspace(0.0, 1.0, count)
+    value = np.zeros((depth + 1, size, count))
     for k in range(depth - 1, -1, -1):
         after = knots * problem.accept_prob[k][:, None]
         after = after + np.stack([np.interp(at, knots, row) for at, row in zip(after, value[k + 1], strict=True)])
@@ -81,8 +85,9 @@ def relaxed(problem: FiniteProblem, seen: Seen, k: int, points: Float[np.ndarray
     moved = points[:, size:] @ problem.transition
     worth = kept.sum(axis=1) - seen.rate * prices(problem)[k] * moved.sum(axis=1)
     share = np.divide(kept, moved, out=np.zeros_like(kept), where=moved > 0)
-    place = np.minimum(share, 1.0) * (KNOTS - 1)
-    cell = np.minimum(place.astype(np.int64), KNOTS - 2)
+    last = seen.value.shape[2] - 1
+    place = np.minimum(share, 1.0) * last
+    cell = np.minimum(place.astype(np.int64), last - 1)
     part = place - cell
     for y, row in enumerate(seen.value[k + 1]):
         left, right = row[cell[:, y]], row[cell[:, y] + 1]

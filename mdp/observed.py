@@ -38,8 +38,8 @@ from mdp.problem import FiniteProblem
 __all__ = ["Found", "solve_hidden"]
 
 FIRST_LIMIT = 1024
-MAX_POINTS = 2**19
-"""Opened points in all depths together."""
+MAX_POINTS, MAX_BRANCHED = 2**19, 2**25
+"""Opened points in all depths together, and numbers in the points that they lead to."""
 
 MAX_STEPS, NEIGHBOURS = 40, 6
 FINEST_CELL = 16
@@ -94,12 +94,16 @@ def solve_hidden(
         problem: the chain of regimes, rounds renewing, times in units of about the longest round.
         observation: [Z, O] law of the symbol in each regime.
     """
-    limit = max(1, min(limit, MAX_POINTS // problem.max_candidates))
+
+    def affordable(depth: int) -> int:
+        return max(1, min(limit, MAX_POINTS // depth, MAX_BRANCHED // (depth * 2 * observation.size)))
+
     unseen = blind(problem, 0)
     emitted = np.append(1.0, 1.0 + unseen.emitted @ problem.initial)
     rate = float((emitted / (problem.verify_time[0] + np.append(0.0, unseen.time))).max())
     best = _Valued(rate, 0.0, 1.0, 0.0, 0.0, [])
-    lower, upper, allowed, steps, most = 0.0, np.inf, min(limit, FIRST_LIMIT), 0, 0
+    lower, upper, steps, most = 0.0, np.inf, 0, 0
+    allowed = min(affordable(problem.max_candidates), FIRST_LIMIT)
     while True:
         layers, short = _grow(problem, observation, rate, allowed, tol * rate * problem.round_time.min() / 4)
         valued = _value(problem, observation, layers, rate)
@@ -112,15 +116,16 @@ def solve_hidden(
         ceiling = valued.ceiling + _merging(problem, rate)
         upper = min(upper, certificate(rate, 0.0, ceiling, problem.round_time, 0.0, problem.num_regimes)[1])
         still = found <= rate * (1.0 + 1e-15)
+        finest = affordable(len(layers))  # most trees end long before K
         # What is closed stays so; a small tree is worth another step, it may end exact.
         if (
             steps >= max_steps
-            or (still and (not short or allowed == limit))
+            or (still and (not short or allowed >= finest))
             or (short and upper - lower <= tol * lower)
         ):
             break
         if short and found - rate <= 1e-4 * rate:  # a finer tree will move the rate more than another step
-            allowed = min(limit, 8 * allowed)
+            allowed = max(allowed, min(finest, 8 * allowed))
         rate = max(found, rate)
     return Found(
         best.emitted / best.time, (float(lower), float(upper)), (best.emitted, best.time, best.drafted),

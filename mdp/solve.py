@@ -250,7 +250,7 @@ class _Found(NamedTuple):
     bounds: tuple[float, float]
     threshold: np.ndarray
     slack: np.ndarray
-    rates: dict[str, float]
+    rates: dict[str, Any]
     closed: bool
     num_sweeps: int
     num_knots: int
@@ -413,7 +413,7 @@ def _bounds(
     return float(lower), float(upper)
 
 
-def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
+def _rates(arrays: Arrays, result: _Result) -> dict[str, Any]:
     """Long-run rates of the policy found, under the stationary law of the start regime."""
     found, law = result.sweep, arrays.initial
     if arrays.bonus is not None:  # several classes tie if all of them are optimal: any one will do
@@ -421,7 +421,7 @@ def _rates(arrays: Arrays, result: _Result) -> dict[str, float]:
     return _counts(float(law @ found.emitted), float(law @ found.drafted))
 
 
-def _counts(emitted: float, drafted: float) -> dict[str, float]:
+def _counts(emitted: float, drafted: float) -> dict[str, Any]:
     """The rates of a solution from tokens and candidates per round."""
     return {
         "block_efficiency": emitted,

@@ -401,9 +401,9 @@ def test_problem_files_go_round():
         (changed(channel=[[1.0], [1.0]]), r"acceptance\.channel: unknown key"),
         ({**FILE, "coupling": {"kind": "persistent", "rejection": [[1, 0], [0, 1]], "bonus": [[1, 0], [0, 1]]}},
          r"coupling\.kind: persistent is not for observed: .*POMDP on round-start beliefs"),
-        (changed(accept_prob=[0.5] * 65, transition=np.eye(65).tolist(), initial=[1.0] + [0.0] * 64,
-                 observation=[[1.0]] * 65), r"acceptance\.accept_prob: at most 64 hidden regimes, got 65"),
-        (changed(observation=[[1.0] + [0.0] * 1024] * 2), r"acceptance\.observation: at most 1024 symbols, got 1025"),
+        (changed(accept_prob=[0.5] * 33, transition=np.eye(33).tolist(), initial=[1.0] + [0.0] * 32,
+                 observation=[[1.0]] * 33), r"acceptance\.accept_prob: at most 32 hidden regimes, got 33"),
+        (changed(observation=[[1.0] + [0.0] * 256] * 2), r"acceptance\.observation: at most 256 symbols, got 257"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused_in_one_line(data, message):
