@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import mdp.tabular
 from mdp.tabular import TabularProblem, solve_tabular
 
 DEPTH = 6
@@ -59,3 +60,47 @@ def test_the_average_solves_its_optimality_equation(seed):
 def test_a_discount_out_of_range_is_refused():
     with pytest.raises(ValueError, match="discount"):
         solve_tabular(problem(), DEPTH, discount=1.5)
+
+
+def shapes_of_trouble():
+    """K that binds and that does not, steps of 0, lattices that end where going on still pays."""
+    for seed in range(12):
+        knots, least, depth = (160, 24)[seed % 2], (4, 1, 3, 0)[seed % 4], (6, 40)[seed // 2 % 2]
+        yield problem(seed, knots=knots, least_step=least), depth
+
+
+def goes_on(found, case, depth):
+    """CONTINUE in every state [K, Z, M] that a round can reach: j is at least k times the least step."""
+    reached = np.arange(len(case.survival)) >= np.arange(depth)[:, None] * case.steps.min()
+    return (case.survival >= np.asarray(found.threshold)[..., None]) & reached[:, None]
+
+
+@pytest.mark.parametrize("discount", [0.9, 1.0])
+def test_one_pass_over_survivals_finds_what_the_sweep_over_depths_does(monkeypatch, discount):
+    passes = []
+    for case, depth in shapes_of_trouble():
+        monkeypatch.setattr(mdp.tabular, "SMALL", 10**9)
+        plain = solve_tabular(case, depth, rate=0.2, discount=discount)
+        monkeypatch.setattr(mdp.tabular, "SMALL", 0)
+        lean = solve_tabular(case, depth, rate=0.2, discount=discount, full=False)
+        full = solve_tabular(case, depth, rate=0.2, discount=discount)
+        assert lean.rate == pytest.approx(plain.rate, rel=1e-13)
+        assert abs(lean.residual) <= 1e-12
+        np.testing.assert_allclose(full.value, plain.value, atol=1e-11)
+        np.testing.assert_array_equal(full.threshold, plain.threshold)
+        np.testing.assert_array_equal(goes_on(lean, case, depth), goes_on(plain, case, depth))
+        passes.append(lean.one_pass)
+    assert {False, True} == set(passes)
+
+
+def test_a_round_that_the_pass_would_make_longer_than_allowed_is_left_to_depths(monkeypatch):
+    """One regime, acceptance e^-Delta, where each candidate pays: K = 3 binds, K = 30 does not."""
+    monkeypatch.setattr(mdp.tabular, "SMALL", 0)
+    survival = np.exp(-0.1 * np.arange(60))
+    case = TabularProblem(np.ones((1, 1)), np.ones(1), np.ones(1, int), survival, 1.0, 5.0)
+    found = {depth: solve_tabular(case, depth, full=False) for depth in (3, 30)}
+    assert {depth: solution.one_pass for depth, solution in found.items()} == {3: False, 30: True}
+    lengths = np.arange(31)
+    rates = np.cumsum(survival[:31]) / (5.0 + lengths)  # 1 + S_1 + .. + S_n over the cost of n candidates
+    for depth, solution in found.items():
+        assert solution.rate == pytest.approx(rates[: depth + 1].max(), rel=1e-13)
