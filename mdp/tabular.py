@@ -97,7 +97,7 @@ def solve_tabular(
     least = int(steps.min())
     block = 1 << min(max(least, 1).bit_length() - 1, 6)
     with jax.enable_x64(True):
-        equation = Equation(*(np.float64(part) for part in (base, weight, discount)), np.asarray(initial, float))
+        equation = Equation(np.float64(base), np.float64(weight), np.float64(discount), np.asarray(initial, float))
         arrays = (equation, np.asarray(transition, float), steps, np.asarray(survival, float))
         price: Any = None
         width, settled, count = num_knots, False, 0
