@@ -71,7 +71,7 @@ def peers(
     yield from _quantecon(given, discount, tolerance, most)
     yield from _mdpsolver(given, discount, tolerance, 2e3 if quick else 1e5)
     yield from _mdptoolbox(given, discount, tolerance, most)
-    yield from _jaxdp(given, discount, tolerance, 2e3)
+    yield from _jaxdp(given, discount, tolerance, 0 if quick else 2e3)
 
 
 def _left_out(name: str, module: Any, package: str, states: int, most: float, reason: str) -> Peer | None:

@@ -99,14 +99,20 @@ def _in_groups(work: Any, batch: Any, times: np.ndarray, *more: float) -> tuple[
     arrays = _Arrays(batch.transition, batch.accept_prob, batch.initial, times)
 
     def run(index: Any) -> Any:
+        part = take(arrays, index)
+        if (part.accept_prob == part.accept_prob[:, :1]).all():  # most processes: one layer instead of K to carry
+            part = part._replace(accept_prob=part.accept_prob[:, :1])
         with jax.enable_x64(True):
-            return jax.tree.map(np.asarray, _grouped(work, take(arrays, index), *more))
+            return jax.tree.map(np.asarray, _grouped(work, part, *more))
 
     return in_calls(run, count, groups * WIDTH)
 
 
 class _Arrays(NamedTuple):
-    """Transition [Z, Z], acceptance [K, Z], initial [Z], round times [K + 1], with one more axis for the problems."""
+    """Transition [Z, Z], acceptance [K, Z], initial [Z], round times [K + 1], with one more axis for the problems.
+
+    Acceptance is [1, Z] where it is the same at all depths.
+    """
 
     transition: Any
     accept_prob: Any
@@ -122,15 +128,21 @@ def _grouped(work: Any, arrays: _Arrays, *more: Any) -> Any:
     return jax.tree.map(jnp.ravel, found)
 
 
+def _layers(problem: _Arrays) -> Any:
+    """Acceptances by depth, None if they are all the same."""
+    return None if len(problem.accept_prob) == 1 else problem.accept_prob
+
+
 def _best_fixed_length(problem: _Arrays) -> tuple[Any, Any]:
     def step(carry, accept_prob):
         alive, emitted = carry
-        alive = (problem.transition * alive[:, None]).sum(axis=0) * accept_prob
+        alive = (problem.transition * alive[:, None]).sum(axis=0)
+        alive = alive * (problem.accept_prob[0] if accept_prob is None else accept_prob)
         emitted = emitted + alive.sum(axis=0)
         return (alive, emitted), emitted
 
     one = jnp.ones_like(problem.times[0])
-    _, emitted = jax.lax.scan(step, (problem.initial, one), problem.accept_prob)
+    _, emitted = jax.lax.scan(step, (problem.initial, one), _layers(problem), length=len(problem.times) - 1)
     rates = jnp.concatenate([one[None], emitted]) / problem.times
     return jnp.argmax(rates, axis=0), rates.max(axis=0)
 
@@ -143,6 +155,7 @@ def _rejection_seen(problem: _Arrays, tol: Any) -> tuple[Any, Any]:
 
         def step(later, layer):
             accept_prob, price = layer
+            accept_prob = problem.accept_prob[0] if accept_prob is None else accept_prob
             tokens, time = accept_prob * (1.0 + later[0]), accept_prob * later[1]
             # A product and a sum: a product of small matrices for each problem is several times slower.
             worth = (problem.transition * tokens).sum(axis=1) - rate * price
@@ -150,7 +163,7 @@ def _rejection_seen(problem: _Arrays, tol: Any) -> tuple[Any, Any]:
             return (jnp.maximum(worth, 0.0), jnp.where(worth > 0, time, 0.0)), None
 
         none = jnp.zeros_like(problem.initial)
-        (worth, time), _ = jax.lax.scan(step, (none, none), (problem.accept_prob, price), reverse=True)
+        (worth, time), _ = jax.lax.scan(step, (none, none), (_layers(problem), price), reverse=True)
         lacking = 1.0 + (problem.initial * worth).sum(axis=0) - rate * least_time
         return lacking, least_time + (problem.initial * time).sum(axis=0)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import problems
+from strategies import position_problems, problems
 from test_mdp_many import mixed
 
 import mdp.relaxations
@@ -64,6 +64,14 @@ def test_less_information_never_earns_more(members):
         lower, upper = solve(problem).bounds
         assert low[index] <= upper * (1 + 1e-12)
         assert high[index] >= lower * (1 - 1e-12)
+
+
+@given(position_problems())
+def test_acceptance_known_by_position_leaves_nothing_to_adapt_to(problem):
+    """F5: a fixed length is optimal; acceptances differ by depth here."""
+    lower, upper = solve(problem).bounds
+    assert lower * (1 - 1e-12) <= best_fixed_length([problem]).throughput[0] <= upper * (1 + 1e-12)
+    assert rejection_seen([problem]).bound[0] >= lower * (1 - 1e-12)
 
 
 def test_where_nothing_is_to_be_seen_only_rejections_matter():
