@@ -17,10 +17,8 @@ it moves as if the policy stood still: $d\rho^*/d t_d = -\rho\, E[k] / E[T]$, an
 once, $-\rho / E[T]$. At a tie between policies these are one-sided.
 """
 
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from mdp.batch import in_calls, member, round_times, stack, take
 from mdp.lattice import Rules, ceiling, lattice, prices, rules
 from mdp.price import Arrays
 from mdp.problem import FiniteProblem, StoppingProblem
@@ -124,14 +123,14 @@ def solve_many(
     if not tol > 0:
         raise ValueError(f"tol: must be > 0, got {tol!r}")
     begun = time.perf_counter()
-    batch: Any = problems if isinstance(problems, FiniteProblem) else _stack(problems)
+    batch = stack(problems)
     count, _, size = batch.accept_prob.shape
     start = _Start(1.0 / batch.verify_time[:, 0], np.zeros((count, size)), np.zeros(count))
     found, bounds, closed = _pass(batch, start, COARSE, tol)
     open_ones = np.flatnonzero(~closed)
     num_finer = len(open_ones)
     if num_finer:
-        part, again = (_take(tree, open_ones) for tree in (batch, _Start(found.rate, found.bias, found.lowest)))
+        part, again = (take(tree, open_ones) for tree in (batch, _Start(found.rate, found.bias, found.lowest)))
         finer, finer_bounds, finer_closed = _pass(part, again, FINE, tol)
         for old, new in zip(found, finer, strict=True):
             old[open_ones] = new
@@ -139,7 +138,7 @@ def solve_many(
     status = [SolveStatus.successful if good else SolveStatus.max_steps_reached for good in closed]
     last = np.flatnonzero(~closed)
     for index in last.tolist():
-        alone = solve(_member(batch, index), tol=tol)
+        alone = solve(member(batch, index), tol=tol)
         found.rate[index], bounds[index], status[index] = alone.throughput, alone.bounds, alone.status
         found.threshold[index], found.bias[index] = alone.survival_threshold, alone.bias
         found.block_efficiency[index], found.mean_candidates[index] = alone.block_efficiency, alone.mean_candidates
@@ -175,42 +174,14 @@ def derivatives(solution: Solution | ManySolutions) -> tuple[Any, Any]:
     return solution.mean_candidates * by_verify_time, by_verify_time
 
 
-def _stack(problems: Sequence[StoppingProblem | FiniteProblem]) -> Any:
-    """One `FiniteProblem` with a batch axis."""
-    members = [problem.lower() if isinstance(problem, StoppingProblem) else problem for problem in problems]
-    if not members:
-        raise ValueError("problems: there are none")
-    shapes = {(member.accept_prob.shape, member.persistent) for member in members}
-    if len(shapes) > 1:
-        listed = ", ".join(f"K {k} Z {z} {'persistent' if joined else 'renewal'}" for (k, z), joined in sorted(shapes))
-        raise ValueError(f"problems: must be of one shape, got {listed}")
-    parts = zip(*members, strict=True)
-    fields: Any = (None if part[0] is None else np.stack(part).astype(np.float64) for part in parts)
-    return FiniteProblem(*fields)
-
-
-def _take(tree: Any, index: np.ndarray) -> Any:
-    return type(tree)(*(None if part is None else part[index] for part in tree))
-
-
-def _member(batch: Any, index: int) -> FiniteProblem:
-    fields: Any = (None if part is None else part[index] for part in batch)
-    return FiniteProblem(*fields)
-
-
 def _pass(batch: Any, start: _Start, knots: Fineness, tol: float) -> tuple[_Found, np.ndarray, np.ndarray]:
     """All problems at one fineness, chunk by chunk on every core: answers, bounds [B, 2], closed [B]."""
-    count = len(batch.accept_prob)
-    chunks = [np.minimum(np.arange(first, first + knots.chunk), count - 1) for first in range(0, count, knots.chunk)]
 
-    def run(index: np.ndarray) -> Any:
+    def run(index: Any) -> Any:
         with jax.enable_x64(True):
-            return jax.device_get(_solve_chunk(_take(batch, index), _take(start, index), knots))
+            return jax.device_get(_solve_chunk(take(batch, index), take(start, index), knots))
 
-    # XLA runs a loop over problems on one core; chunks on threads use them all.
-    with ThreadPoolExecutor(min(len(chunks), os.cpu_count() or 1)) as pool:
-        parts = list(pool.map(run, chunks))
-    found = _Found(*(np.concatenate(part)[:count].copy() for part in zip(*parts, strict=True)))
+    found = _Found(*in_calls(run, len(batch.accept_prob), knots.chunk))
     bounds = _bounds(batch, found)
     lower, upper = bounds.T
     closed = (upper - lower <= tol * lower) & (found.slack <= THRESHOLD_TOLERANCE)
@@ -219,12 +190,10 @@ def _pass(batch: Any, start: _Start, knots: Fineness, tol: float) -> tuple[_Foun
 
 def _bounds(batch: Any, found: _Found) -> np.ndarray:
     """`certificate` for every problem; what is not proven is left open."""
-    _, depth, size = batch.accept_prob.shape
-    round_time = np.arange(depth + 1) * batch.draft_time[:, None] + batch.verify_time
     scale = np.abs(found.bias).max(axis=1)
     sound = np.isfinite(found.rate) & np.isfinite(found.lower) & (found.rate > 0)
     with np.errstate(invalid="ignore"):
-        low, high = certificate(found.rate, found.lower, found.upper, round_time, scale, size)
+        low, high = certificate(found.rate, found.lower, found.upper, round_times(batch), scale, found.bias.shape[1])
     return np.stack([np.where(sound, low, 0.0), np.where(sound & found.exact, high, np.inf)], axis=1)
 
 
