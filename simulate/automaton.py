@@ -38,7 +38,7 @@ class Flag:
 class Automaton(NamedTuple):
     """R rows of chance, N nodes, n outcomes: slot s rejected is 2 s, accepted 2 s + 1.
 
-    An entry of `table` is a node, its row and `Flag`s. `regime` is what a slot draws, or where the rule stopped at once.
+    An entry of `table` is a node, its row and `Flag`s. `regime` is what a slot draws, or where a rule stopped at once.
     Rounds start from `first_row` if they renew; else from `first_row` + 2 z + w, z the regime of the first rejected
     candidate (w = 0), or of the last one (w = 1). The first round of all starts from `begin_row`.
     """
