@@ -127,6 +127,10 @@ class AcceptanceProcess:
         """The coupling of rounds, for processes that leave no choice; None: the problem says."""
         return None
 
+    def features(self) -> dict[str, Float[np.ndarray, " Z"]]:
+        """What a candidate shows besides its acceptance, by the regime it falls in: fields of an observation."""
+        return {}
+
 
 @dataclass(frozen=True)
 class IID(AcceptanceProcess):
@@ -272,6 +276,16 @@ class TokenPair(AcceptanceProcess):
         rejection[:, :size] = np.repeat(residual, size, axis=0)  # by u
         bonus[:, :size] = np.tile(self.target, (size, 1))  # by v
         return StartLaws(rejection, bonus)
+
+    def features(self) -> dict[str, np.ndarray]:
+        """As in a trace (`mdp.trace.FEATURES`): q(v|u), the greatest q(.|u) and the entropy of q(.|u) in nats."""
+        draft, size = self.draft, self.num_tokens
+        entropy = -(draft * np.log(np.where(draft > 0, draft, 1.0))).sum(axis=1)
+        return {
+            "draft_prob": draft.ravel(),
+            "top_prob": np.repeat(draft.max(axis=1), size),
+            "entropy": np.repeat(entropy, size),
+        }
 
 
 @dataclass(frozen=True)
