@@ -14,6 +14,7 @@ The oracle needs no tree: it stops after k candidates if and only if exactly k w
 Of continuous acceptances only the mean matters to a fixed length and to the oracle; other rules are refused.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from mdp.problem import FiniteProblem, StoppingProblem
 __all__ = ["Evaluation", "RoundLaw", "check_exact", "evaluate", "long_run", "round_law"]
 
 MAX_STATES = 5_000_000
+SHOWN = ("survival", "next_accept_prob", "regime", "token_accept_prob", "verify_time", "step_time")
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
@@ -104,7 +106,8 @@ def evaluate(
         if solution is None:
             raise ValueError(f"policy {spec.text!r}: solve the problem first and pass its solution")
         rule = solution.policy
-    law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes))
+    features = problem.acceptance.features() if isinstance(problem, StoppingProblem) else {}
+    law = round_law(finite, fit_depth(spec.text, rule, finite.max_candidates, finite.num_regimes), features)
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     # Where all candidates are accepted the difference is rounding, of either sign.
@@ -144,8 +147,10 @@ def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Floa
     return laws[0]
 
 
-def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
+def round_law(problem: FiniteProblem, policy: Policy, features: Mapping[str, np.ndarray] | None = None) -> RoundLaw:
     """What one round earns and where the next one starts, exactly.
+
+    `features`: what else a candidate shows, by regime (`AcceptanceProcess.features`).
 
     Raises:
         ValueError: if the rule keeps state, needs what a problem does not show, or the tree is too large.
@@ -154,7 +159,8 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
     if isinstance(policy, Oracle):
         return _oracle_law(problem, starts)
     name = label(policy)
-    missing = needs(policy) - {"survival", "next_accept_prob", "regime", "token_accept_prob"}
+    features = features or {}
+    missing = needs(policy) - {*SHOWN, *features}
     if missing:
         raise ValueError(f"policy {name!r} needs {min(missing)}, which cannot be evaluated exactly")
     if type(policy).end_round is not Policy.end_round:
@@ -176,6 +182,9 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
                 next_accept_prob=next_accept_prob[k][states.regime],
                 regime=states.regime,
                 token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
+                verify_time=problem.verify_time[k],
+                step_time=problem.round_time[k + 1] - problem.round_time[k],
+                **{key: values[states.regime] if k else np.ones(len(states.regime)) for key, values in features.items()},
             )
             new_state, answer = policy.stop(state, observation)
             if new_state is not state:

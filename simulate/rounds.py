@@ -58,7 +58,8 @@ START, PILOT = 2**31, 2**31 + 1
 """Addresses that no round has, counted (0, 1, ..) or burnt in (-1, -2, ..)."""
 
 SHORT_CHUNK, LONG_CHUNK, COINS_PER_CHUNK = 32, 512, 2**22
-SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted"})
+SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted",
+                   "verify_time", "step_time"})  # fmt: skip
 
 
 class _World(NamedTuple):
@@ -70,6 +71,9 @@ class _World(NamedTuple):
     next_accept_prob: Float[Array, "K Z"]
     after_rejection: Float[Array, " ZZ"] | None
     after_bonus: Float[Array, " ZZ"] | None
+    draft_time: Float[Array, ""]
+    verify_time: Float[Array, " K+1"]
+    features: dict[str, Float[Array, " Z"]]
 
 
 class _Drawn(NamedTuple):
@@ -134,18 +138,29 @@ def simulate(
     return Comparison(tuple(results), rounds=int(rounds), seed=seed)
 
 
+def check(problem: StoppingProblem, spec: PolicySpec) -> None:
+    """Whether the problem shows all that a rule reads.
+
+    Raises:
+        Lacking: if not.
+    """
+    hidden = entrants.needs(spec.policy) - SHOWN - set(problem.acceptance.features()) if spec.policy else None
+    if hidden:
+        raise entrants.Lacking(spec.text, min(hidden), "which a problem does not show")
+
+
 def _rule(problem: StoppingProblem, spec: PolicySpec) -> Policy:
     """The rule as a pytree of arrays, checked against what a problem shows; a bare `optimal` is solved."""
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal= applies to traces, a problem shows its survival")
+    if spec.fit:
+        raise ValueError(f"policy {spec.text!r}: fit=1 applies to traces, a problem has no training half")
     policy = spec.policy
     if policy is None:
         from mdp.solve import solve
 
         policy = solve(problem).policy
-    hidden = entrants.needs(policy) - SHOWN
-    if hidden:
-        raise ValueError(f"policy {spec.text!r} needs {min(hidden)}, which a problem does not show")
+    check(problem, PolicySpec(spec.text, policy))
     finite = problem.unseen()
     num_regimes = problem.acceptance.num_regimes
     if num_regimes is None and "regime" in entrants.needs(policy) and not isinstance(policy, ThresholdTable):
@@ -178,7 +193,9 @@ def _register(cls: type) -> None:
     _registered.add(cls)
 
 
-def _start(world: "_World", finite: FiniteProblem, text: str, rule: Policy, key: Any) -> tuple[np.ndarray, bool]:
+def _start(
+    world: "_World", finite: FiniteProblem, features: dict[str, np.ndarray], text: str, rule: Policy, key: Any
+) -> tuple[np.ndarray, bool]:
     """Law of the first start regime, and whether it needs a burn-in: the three cases of the module docstring."""
     if not _stateless(rule):
         return finite.initial, True
@@ -188,7 +205,7 @@ def _start(world: "_World", finite: FiniteProblem, text: str, rule: Policy, key:
     size, depth = finite.num_regimes, finite.max_candidates
     if size**3 * math.comb(depth + size - 2, size - 1) <= MAX_EXACT_STATES:
         try:
-            law = round_law(finite, rule)
+            law = round_law(finite, rule, features)
         except ValueError:  # a rule that only the simulator can play
             pass
         else:
@@ -209,13 +226,14 @@ def _stateless(rule: Policy) -> bool:
 def _play(problem: StoppingProblem, specs: list, rules: list, key: Any, quota: np.ndarray) -> list[Tally]:
     """All policies through all rounds, chunk by chunk, so that a chunk's coins are drawn once for all of them."""
     finite, process = problem.unseen(), problem.acceptance
-    world, size, needed = _world(finite), len(quota), int(quota.max())
+    features = process.features()
+    world, size, needed = _world(finite, features), len(quota), int(quota.max())
     # Two sizes of chunk, so that another number of rounds seldom means another compilation.
     affordable = COINS_PER_CHUNK // ((2 * finite.max_candidates + 1) * MAX_REPLICAS)
     chunk = min(SHORT_CHUNK if needed <= SHORT_CHUNK else LONG_CHUNK, affordable)
     before = -(-max(MIN_BURN_IN, needed // 5) // chunk)
     replica_keys = jax.vmap(partial(jr.fold_in, key))(jnp.arange(size, dtype=jnp.uint32))
-    starts = [_start(world, finite, spec.text, rule, key) for spec, rule in zip(specs, rules, strict=True)]
+    starts = [_start(world, finite, features, spec.text, rule, key) for spec, rule in zip(specs, rules, strict=True)]
     columns = [rule.survival_threshold.shape[1] if isinstance(rule, ThresholdTable) else 1 for rule in rules]
     reads = [entrants.needs(rule) for rule in rules]
     rules = [jax.tree_util.tree_map(jnp.asarray, rule) for rule in rules]
@@ -260,7 +278,7 @@ def _cumulative(law: np.ndarray) -> np.ndarray:
     return rows / rows[..., -1:]
 
 
-def _world(finite: FiniteProblem) -> _World:
+def _world(finite: FiniteProblem, features: dict[str, np.ndarray]) -> _World:
     def rows(law: Any) -> Any:
         return None if law is None else jnp.asarray(_cumulative(law).ravel())
 
@@ -268,6 +286,8 @@ def _world(finite: FiniteProblem) -> _World:
         rows(finite.transition), jnp.asarray(_cumulative(finite.initial)),
         jnp.asarray(finite.accept_prob), jnp.asarray(finite.next_accept_prob),
         rows(finite.rejection), rows(finite.bonus),
+        jnp.asarray(finite.draft_time), jnp.asarray(finite.verify_time),
+        {name: jnp.asarray(values) for name, values in features.items()},
     )  # fmt: skip
 
 
@@ -298,8 +318,9 @@ def _initial_state(rule: Any) -> Any:
     """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
     state = jax.tree_util.tree_map(jnp.asarray, rule.init())
     no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
-    seen = Observation(whole, real, real, whole, real, next_accepted=no if "next_accepted" in rule.needs else None)
-    after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], Outcome(whole, whole)), state)
+    seen = Observation(whole, real, real, whole, *[real] * 5, no if "next_accepted" in rule.needs else None, real, real)
+    end = Outcome(whole, whole, real, real)
+    after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], end), state)
     return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)
 
 
@@ -343,7 +364,8 @@ def _round(world: _World, rule: Any, carry: Any, chance: tuple[Float[Array, " C"
     if world.after_bonus is None:
         start = _pick(world.initial, jnp.zeros((), jnp.int64), size, coins[-1])
     end = _draft(world, rule, state, start, coins, drawn)
-    state = rule.end_round(end.state, Outcome(end.num_drafted, end.num_accepted))
+    times = end.num_drafted * world.draft_time, world.verify_time[end.num_drafted]
+    state = rule.end_round(end.state, Outcome(end.num_drafted, end.num_accepted, *times))
     state = jax.tree_util.tree_map(lambda new, old: jnp.asarray(new, old.dtype), state, end.state)
     if world.after_rejection is not None and world.after_bonus is not None:
         rejected, kept = (_pick(rows, end.last_kept, size, coins[-1])
@@ -383,6 +405,9 @@ def _candidate(
         token_accept_prob=now.token_accept_prob,
         # clairvoyance is shown to those only who say that they use it
         next_accepted=accepted & ~now.rejected if "next_accepted" in rule.needs else None,
+        verify_time=world.verify_time[k],
+        step_time=world.draft_time + world.verify_time[k + 1] - world.verify_time[k],
+        **{name: jnp.where(k > 0, values[now.regime], jnp.nan) for name, values in world.features.items()},
     )
     asked, stop = rule.stop(now.state, seen)
     keep = now.drafting
