@@ -35,6 +35,7 @@ __all__ = [
 MAX_REGIMES = 4096
 MAX_VOCABULARY = 32
 
+
 @dataclass(frozen=True)
 class IID(AcceptanceProcess):
     r"""$a_i = \alpha$: the model of Leviathan et al. (2023), with $E[\text{emitted}] = (1-\alpha^{K+1})/(1-\alpha)$."""

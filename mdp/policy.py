@@ -375,7 +375,9 @@ def published(name: str, does: str, source: str, evidence: str, fits: bool = Fal
             return cls(**{key: _value(text, known_fields[key], value) for key, value in given.items()})
 
         signal = bool({"survival", "next_accept_prob", "regime"}.intersection(cls.needs))
-        keys = [f"{key}={write(value)}" for key, value in defaults.items()] + ["fit=0"] * fits + ["signal=NAME"] * signal
+        keys = (
+            [f"{key}={write(value)}" for key, value in defaults.items()] + ["fit=0"] * fits + ["signal=NAME"] * signal
+        )
         usage = f"{name}[:{','.join(keys)}]" if keys else name
         RULES[name] = Rule(usage, build, 0, 0, signal, does, source, evidence, name, cls, defaults, fits)
         return cls

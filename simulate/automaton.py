@@ -12,6 +12,7 @@ a rule that stops before the first candidate is an outcome of it.
 The rule's and the problem's numbers enter flat arrays of integers, not compiled code (`simulate.walk`).
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from mdp import entrants
 from mdp.policy import Observation, Policy
 from mdp.problem import FiniteProblem
 
-__all__ = ["ALIAS_BITS", "NODE_BITS", "ROW_BITS", "Automaton", "Flag", "alias_rows", "automaton"]
+__all__ = ["ALIAS_BITS", "NODE_BITS", "ROW_BITS", "Automaton", "Flag", "alias_rows", "asked", "automaton"]
 
 MAX_ENTRIES = 2**21
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one node; far below the rules' own tolerance for ties
@@ -60,13 +61,18 @@ class _Level(NamedTuple):
     child: Int[np.ndarray, "n slots"]
 
 
-def automaton(problem: FiniteProblem, rule: Policy, start: Float[np.ndarray, " Z"]) -> Automaton | None:
-    """The rounds of a rule without memory, the first from `start`; None if it has too many nodes to be worth it."""
+def automaton(
+    problem: FiniteProblem, rule: Policy, start: Float[np.ndarray, " Z"], features: Mapping[str, np.ndarray]
+) -> Automaton | None:
+    """The rounds of a rule without memory, the first from `start`; None if it has too many nodes to be worth it.
+
+    `features`: what else a candidate shows, by regime (`AcceptanceProcess.features`).
+    """
     size, depth = problem.num_regimes, problem.max_candidates
     possible = problem.transition > 0
     width = int(possible.sum(axis=1).max())
     slot = np.argsort(~possible, axis=1, kind="stable")[:, :width]
-    levels = _levels(problem, rule, slot)
+    levels = _levels(problem, rule, slot, features)
     if levels is None:
         return None
     root = levels[0]
@@ -120,7 +126,9 @@ def automaton(problem: FiniteProblem, rule: Policy, start: Float[np.ndarray, " Z
     )
 
 
-def _levels(problem: FiniteProblem, rule: Policy, slot: Int[np.ndarray, "Z slots"]) -> list[_Level] | None:
+def _levels(
+    problem: FiniteProblem, rule: Policy, slot: Int[np.ndarray, "Z slots"], features: Mapping[str, np.ndarray]
+) -> list[_Level] | None:
     """The rule asked at every state it can meet, a depth at a time; the last level drafts nothing."""
     reads, levels, nodes = entrants.needs(rule), [], 0
     regime = np.arange(problem.num_regimes)
@@ -128,7 +136,9 @@ def _levels(problem: FiniteProblem, rule: Policy, slot: Int[np.ndarray, "Z slots
     for k in range(problem.max_candidates + 1):
         drops = np.ones((len(regime), 2), dtype=bool)
         if k < problem.max_candidates:
-            drops = np.stack([_asked(problem, rule, k, regime, survival, hit) for hit in (False, True)], axis=1)
+            drops = np.stack(
+                [asked(problem, rule, k, regime, survival, hit, features) for hit in (False, True)], axis=1
+            )
         goes = ~drops.all(axis=1)
         child = np.zeros((len(regime), slot.shape[1]), dtype=np.int64)
         levels.append(_Level(regime, drops, child))
@@ -149,17 +159,27 @@ def _levels(problem: FiniteProblem, rule: Policy, slot: Int[np.ndarray, "Z slots
     return levels
 
 
-def _asked(
-    problem: FiniteProblem, rule: Policy, k: int, regime: np.ndarray, survival: np.ndarray | None, hit: bool
-) -> np.ndarray:
+def asked(
+    problem: FiniteProblem,
+    rule: Policy,
+    k: int,
+    regime: Int[np.ndarray, " n"],
+    survival: Float[np.ndarray, " n"] | None,
+    hit: bool,
+    features: Mapping[str, np.ndarray],
+) -> Bool[np.ndarray, " n"]:
     """Whether the rule stops in each state, if the next candidate would be accepted and none was rejected (`hit`)."""
+    none = np.ones(len(regime))
     seen = Observation(
         num_candidates=k,
         survival=survival,
         next_accept_prob=problem.next_accept_prob[k][regime],
         regime=regime,
-        token_accept_prob=problem.accept_prob[k - 1][regime] if k else np.ones(len(regime)),
+        token_accept_prob=problem.accept_prob[k - 1][regime] if k else none,
         next_accepted=np.full(len(regime), hit) if "next_accepted" in rule.needs else None,
+        verify_time=problem.verify_time[k],
+        step_time=problem.round_time[k + 1] - problem.round_time[k],
+        **{name: values[regime] if k else none for name, values in features.items()},
     )
     return np.broadcast_to(np.asarray(rule.stop(rule.init(), seen)[1], dtype=bool), regime.shape)
 

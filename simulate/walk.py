@@ -10,6 +10,7 @@ how many would be accepted (a clairvoyant), and a round is that number L, drawn 
 below $S_k$. Counting L per lane serves all policies of a comparison.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from mdp.policy import Policy
 from mdp.problem import FiniteProblem
-from simulate.automaton import ALIAS_BITS, NODE_BITS, ROW_BITS, Automaton, Flag, _asked
+from simulate.automaton import ALIAS_BITS, NODE_BITS, ROW_BITS, Automaton, Flag, asked
 from simulate.coins import words
 
 __all__ = ["Counts", "one_regime", "walk"]
@@ -159,7 +160,11 @@ def _padded(array: np.ndarray) -> Array:
 
 
 def one_regime(
-    problem: FiniteProblem, rules: list[Policy], keys: UInt32[Array, "2 B"], quota: Int[np.ndarray, " B"]
+    problem: FiniteProblem,
+    rules: list[Policy],
+    keys: UInt32[Array, "2 B"],
+    quota: Int[np.ndarray, " B"],
+    features: Mapping[str, np.ndarray],
 ) -> list[Counts]:
     """Each lane's quota of rounds under every rule, in a world where all rounds look alike.
 
@@ -178,7 +183,7 @@ def one_regime(
     could = np.arange(len(exactly))
     counts = []
     for rule in rules:
-        length = _lengths(problem, rule, survival)
+        length = _lengths(problem, rule, survival, features)
         drafted, accepted, time = (
             part @ exactly for part in (length, np.minimum(length, could), problem.round_time[length])
         )
@@ -201,15 +206,14 @@ def _accepted(survival: Any, keys: Any, first: Any, until: Any) -> Any:
     return jax.lax.while_loop(lambda now: now[0] < until.max(), play, (first, none))[1]
 
 
-def _lengths(problem: FiniteProblem, rule: Policy, survival: Float[np.ndarray, " K"]) -> Int[np.ndarray, " K+1"]:
+def _lengths(
+    problem: FiniteProblem, rule: Policy, survival: Float[np.ndarray, " K"], features: Mapping[str, np.ndarray]
+) -> Int[np.ndarray, " K+1"]:
     """Candidates that the rule drafts in a round in which exactly L = 0..K would be accepted."""
-    depth, regime = problem.max_candidates, np.zeros(1, dtype=np.int64)
-    length = np.zeros(depth + 1, dtype=np.int64)
-    drafting = np.ones(depth + 1, dtype=bool)
+    depth, regime, so_far = problem.max_candidates, np.zeros(1, dtype=np.int64), np.append(1.0, survival)
+    length, drafting = np.zeros(depth + 1, dtype=np.int64), np.ones(depth + 1, dtype=bool)
     for k in range(depth):
-        rejected, accepted = (
-            _asked(problem, rule, k, regime, survival[k - 1 : k] if k else np.ones(1), hit)[0] for hit in (False, True)
-        )
-        drafting &= ~np.where(np.arange(depth + 1) > k, accepted, rejected)
+        if_not, if_so = (asked(problem, rule, k, regime, so_far[k : k + 1], hit, features)[0] for hit in (False, True))
+        drafting &= ~np.where(np.arange(depth + 1) > k, if_so, if_not)
         length += drafting
     return length

@@ -60,7 +60,13 @@ def played(problem, rule, quota, seed=0, burn_in=0):
     finite = problem.lower()
     start = long_run(round_law(finite, rule), finite.initial, "rule") if finite.persistent else finite.initial
     with jax.enable_x64(True):
-        return walk(finite, automaton(finite, rule, start), lane_keys(jr.key(seed), len(quota)), quota, burn_in)
+        return walk(
+            finite,
+            automaton(finite, rule, start, problem.acceptance.features()),
+            lane_keys(jr.key(seed), len(quota)),
+            quota,
+            burn_in,
+        )
 
 
 @pytest.mark.parametrize("steps", [False, True])
@@ -112,7 +118,7 @@ def test_one_regime_agrees_with_exact_values(problem):
     rules = [parse(name).policy for name in names]
     quota = np.full(LANES, QUOTA) - (np.arange(LANES) % 2)
     with jax.enable_x64(True):
-        counts = one_regime(problem.lower(), rules, lane_keys(jr.key(0), LANES), quota)
+        counts = one_regime(problem.lower(), rules, lane_keys(jr.key(0), LANES), quota, {})
     for name, rule, count in zip(names, rules, counts, strict=True):
         assert np.abs(scores(problem, rule, count, quota)).max() < 5, name
 
@@ -165,6 +171,6 @@ def test_alias_rows_hold_the_law(size):
 def test_too_many_nodes_are_declined(monkeypatch):
     problem = random_problem(np.random.default_rng(1), 3, 6, False, False).lower()
     rule = parse("rejection:1").policy
-    assert automaton(problem, rule, problem.initial) is not None
+    assert automaton(problem, rule, problem.initial, {}) is not None
     monkeypatch.setattr(automata, "MAX_ENTRIES", 100)
-    assert automaton(problem, rule, problem.initial) is None
+    assert automaton(problem, rule, problem.initial, {}) is None
