@@ -22,7 +22,8 @@ from mdp import entrants
 from mdp.policy import Observation, Policy
 from mdp.problem import FiniteProblem
 
-__all__ = ["ALIAS_BITS", "NODE_BITS", "ROW_BITS", "Automaton", "Flag", "alias_rows", "asked", "automaton"]
+__all__ = ["ALIAS_BITS", "NODE_BITS", "ROW_BITS", "Automaton", "Flag", "Level", "alias_rows", "asked",
+           "automaton", "levels", "successors"]  # fmt: skip
 
 MAX_ENTRIES = 2**21
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one node; far below the rules' own tolerance for ties
@@ -52,7 +53,7 @@ class Automaton(NamedTuple):
     clairvoyant: bool
 
 
-class _Level(NamedTuple):
+class Level(NamedTuple):
     """What the rule does with k candidates: states (regime, survival), which of them it stops in if the next candidate
     were rejected or accepted [n, 2], and the state of the next level that each slot leads to [n, slots]."""
 
@@ -69,17 +70,16 @@ def automaton(
     `features`: what else a candidate shows, by regime (`AcceptanceProcess.features`).
     """
     size, depth = problem.num_regimes, problem.max_candidates
-    possible = problem.transition > 0
-    width = int(possible.sum(axis=1).max())
-    slot = np.argsort(~possible, axis=1, kind="stable")[:, :width]
-    levels = _levels(problem, rule, slot, features)
-    if levels is None:
+    slot = successors(problem.transition)
+    width = slot.shape[1]
+    tree = levels(problem, rule, slot, features)
+    if tree is None:
         return None
-    root = levels[0]
+    root = tree[0]
     stopping = np.flatnonzero(root.drops.any(axis=1))
     slots = max(width, size + len(stopping))
     same = bool((problem.accept_prob == problem.accept_prob[0]).all())
-    drafting = [~level.drops.all(axis=1) for level in levels]
+    drafting = [~level.drops.all(axis=1) for level in tree]
     num_nodes = 1 + sum(int(goes.sum()) for goes in drafting[1:])
     starts = [start, problem.initial]
     if problem.rejection is not None and problem.bonus is not None:
@@ -106,8 +106,8 @@ def automaton(
     table[0] = Flag.ENDS
     regime[0, size : size + len(stopping)] = stopping
     first = 1
-    for k, (level, goes) in enumerate(zip(levels[:-1], drafting[:-1], strict=True)):
-        behind, on = levels[k + 1], drafting[k + 1]
+    for k, (level, goes) in enumerate(zip(tree[:-1], drafting[:-1], strict=True)):
+        behind, on = tree[k + 1], drafting[k + 1]
         node = np.where(on, first + np.cumsum(on) - 1, 0)
         row = behind.regime + (0 if same else (k + 1) * size)
         entry = np.where(on, node | (row << NODE_BITS), 0).astype(np.uint64) | np.where(on, np.uint64(0), Flag.ENDS)
@@ -126,11 +126,17 @@ def automaton(
     )
 
 
-def _levels(
+def successors(transition: Float[np.ndarray, "Z Z"]) -> Int[np.ndarray, "Z slots"]:
+    """The regimes that can follow each, in order; rows with fewer are filled up with others, of probability 0."""
+    possible = transition > 0
+    return np.argsort(~possible, axis=1, kind="stable")[:, : int(possible.sum(axis=1).max())]
+
+
+def levels(
     problem: FiniteProblem, rule: Policy, slot: Int[np.ndarray, "Z slots"], features: Mapping[str, np.ndarray]
-) -> list[_Level] | None:
+) -> list[Level] | None:
     """The rule asked at every state it can meet, a depth at a time; the last level drafts nothing."""
-    reads, levels, nodes = entrants.needs(rule), [], 0
+    reads, tree, nodes = entrants.needs(rule), [], 0
     regime = np.arange(problem.num_regimes)
     survival = np.ones(len(regime)) if "survival" in reads else None
     for k in range(problem.max_candidates + 1):
@@ -141,9 +147,9 @@ def _levels(
             )
         goes = ~drops.all(axis=1)
         child = np.zeros((len(regime), slot.shape[1]), dtype=np.int64)
-        levels.append(_Level(regime, drops, child))
+        tree.append(Level(regime, drops, child))
         if not goes.any():
-            return levels
+            return tree
         nodes += int(goes.sum())
         if nodes * slot.shape[1] > MAX_ENTRIES:
             return None
@@ -156,7 +162,7 @@ def _levels(
         child[goes] = back.reshape(following.shape)
         regime = following.ravel()[where]
         survival = None if survival is None else product.ravel()[where]
-    return levels
+    return tree
 
 
 def asked(
