@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass, replace
 import numpy as np
 
 from mdp.policy import (
+    RULES,
     BeliefRule,
     FixedLength,
     LookaheadThreshold,
@@ -20,9 +21,18 @@ from mdp.policy import (
     RejectionThreshold,
     ThresholdTable,
     parse,
+    write,
 )
 
-__all__ = ["check_symbols", "fit_depth", "label", "needs", "read"]
+__all__ = ["Lacking", "catalogue", "check_symbols", "fit_depth", "label", "needs", "read"]
+
+
+class Lacking(ValueError):
+    """A world does not show a field that a rule reads; `field` is its name."""
+
+    def __init__(self, text: str, field: str, why: str):
+        super().__init__(f"policy {text!r} needs {field}, {why}")
+        self.field = field
 
 
 def read(policies: Iterable[str | Policy | PolicySpec]) -> list[PolicySpec]:
@@ -56,17 +66,29 @@ def label(policy: Policy) -> str:
         case FixedLength():
             return f"fixed:{policy.length}"
         case RejectionThreshold():
-            return f"rejection:{policy.threshold:g}"
+            return f"rejection:{write(policy.threshold)}"
         case LookaheadThreshold():
-            return f"lookahead:{policy.threshold:g}"
+            return f"lookahead:{write(policy.threshold)}"
         case Oracle():
             return "oracle"
         case ThresholdTable():
             return "table"
         case BeliefRule():
             return "belief rule"
+    for name, rule in RULES.items():
+        if rule.cls is type(policy):
+            given = {key: getattr(policy, key) for key in rule.parameters}
+            keys = [f"{key}={write(value)}" for key, value in given.items() if value != rule.parameters[key]]
+            fitted = " (fitted)" if policy != rule.cls(**given) else ""
+            return ":".join([name, ",".join(keys)] if keys else [name]) + fitted
     values = ", ".join(f"{f.name}={getattr(policy, f.name)!r:.20}" for f in fields(policy))  # type: ignore[arg-type]
     return f"{type(policy).__name__}({values})"
+
+
+def catalogue(fits: bool = False) -> list[PolicySpec]:
+    """One spec for every rule there is, to be compared; with `fits`, fitted ones beside those that can be fitted."""
+    texts = [rule.example for rule in RULES.values()]
+    return [parse(text) for text in texts + [f"{name}:fit=1" for name, rule in RULES.items() if rule.fits and fits]]
 
 
 def needs(policy: Policy) -> frozenset[str]:

@@ -17,7 +17,7 @@ Of continuous acceptances only the mean matters to a fixed length and to the ora
 threshold in survival is enclosed between two roundings (`mdp.rounded`); other rules are refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ __all__ = ["Evaluation", "RoundLaw", "TreeTooLarge", "check_exact", "evaluate", 
 
 MAX_STATES = 5_000_000
 WIDEST = 1e-3  # relative width of an enclosure that still is a value
+SHOWN = ("survival", "next_accept_prob", "regime", "token_accept_prob", "verify_time", "step_time")
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
 MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
@@ -134,7 +135,8 @@ def evaluate(
     if hidden is not None and not isinstance(rule, (FixedLength, Oracle)):  # those do not look
         law = RoundLaw(*histories_law(finite, hidden.observation, rule), next_start=np.zeros((1, 0)))
     else:
-        law = round_law(finite, rule)
+        features = problem.acceptance.features() if isinstance(problem, StoppingProblem) else {}
+        law = round_law(finite, rule, features)
     weights = long_run(law, finite.initial, spec.text) if finite.persistent else np.ones(1)
     emitted, drafted, time = (float(weights @ part) for part in (law.emitted, law.drafted, law.time))
     # Where all candidates are accepted the difference is rounding, of either sign.
@@ -211,8 +213,10 @@ def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Floa
     return laws[0]
 
 
-def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
+def round_law(problem: FiniteProblem, policy: Policy, features: Mapping[str, np.ndarray] | None = None) -> RoundLaw:
     """What one round earns and where the next one starts, exactly.
+
+    `features`: what else a candidate shows, by regime (`AcceptanceProcess.features`).
 
     Raises:
         ValueError: if the rule keeps state, needs what a problem does not show, or the tree is too large.
@@ -220,7 +224,8 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
     if isinstance(policy, Oracle):
         return _oracle_law(problem)
     name = label(policy)
-    missing = needs(policy) - {"survival", "next_accept_prob", "regime", "token_accept_prob"}
+    features = features or {}
+    missing = needs(policy) - {*SHOWN, *features}
     if missing:
         raise ValueError(f"policy {name!r} needs {min(missing)}, which cannot be evaluated exactly")
     if type(policy).end_round is not Policy.end_round:
@@ -233,12 +238,16 @@ def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
             raise ValueError(f"policy {name!r} changes its state within a round; simulate it instead")
         return np.asarray(answer, dtype=bool).astype(int)  # with one rule, column 1 is beyond the last
 
-    law = round_laws(problem, stops, 1, "survival" in needs(policy))
+    law = round_laws(problem, stops, 1, "survival" in needs(policy), features)
     return RoundLaw(*(part[0] for part in law))
 
 
 def round_laws(
-    problem: FiniteProblem, first_going_on: Callable[[Observation], Any], num_rules: int, reads_survival: bool
+    problem: FiniteProblem,
+    first_going_on: Callable[[Observation], Any],
+    num_rules: int,
+    reads_survival: bool,
+    features: Mapping[str, np.ndarray] | None = None,
 ) -> RoundLaw:
     """`round_law` of H rules at once, each array with a leading axis for them.
 
@@ -250,6 +259,7 @@ def round_laws(
         first_going_on: for the states observed, the first rule that continues, H if none does.
         num_rules: H.
         reads_survival: if not, states differ in their regime alone.
+        features: as for `round_law`.
 
     Raises:
         TreeTooLarge: if the tree, or what is known of so many rules, does not fit.
@@ -276,6 +286,12 @@ def round_laws(
                 next_accept_prob=next_accept_prob[k][states.regime],
                 regime=states.regime,
                 token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
+                verify_time=problem.verify_time[k],
+                step_time=problem.round_time[k + 1] - problem.round_time[k],
+                **{
+                    key: values[states.regime] if k else np.ones(len(states.regime))
+                    for key, values in (features or {}).items()
+                },
             )
             first = np.maximum(first_going_on(observation), states.first)
         stops = first > states.first  # under the rules from states.first up to first

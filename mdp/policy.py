@@ -18,12 +18,21 @@ arrays with one entry per request, on jax arrays under `jit`, and on torch tenso
 
 `needs` names the fields it reads; `if`, `and` and `or` do not work on arrays, `|`, `&` and comparisons do.
 
+*Idioms.* Whatever holds the numbers, a rule selects with `choose(condition, yes, no)`, a blend in arithmetic: both
+sides must be finite. What a candidate showed means nothing before there is one and may be nan there:
+`known(value, k)` is 1 then. Several numbers of one kind (a bandit's arms, a window of rounds) are a *tuple* of leaves
+and a loop over it, never an axis of an array: a leaf may hold one entry per request already. How long such a tuple is
+belongs to the rule, as the length of one of its own tuples. A state holds floats, and divisors are kept from 0.
+
+Published rules live in `mdp.rules`, by idea; they are entered into `RULES` under the name that `parse` reads.
+
 Where a world does not know the true survival it supplies an estimate from a *signal* (`mdp.fit.SignalModel`);
 the rule does not change. The world, not the rule, forces the stop at `max_candidates`, at the maximum length
 and after a drafted end-of-text token.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -31,6 +40,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 __all__ = [
+    "RULES",
     "SIGNALS",
     "BeliefRule",
     "FixedLength",
@@ -41,9 +51,14 @@ __all__ = [
     "Policy",
     "PolicySpec",
     "RejectionThreshold",
+    "Rule",
     "ThresholdTable",
+    "choose",
+    "known",
     "load_table",
+    "parameter",
     "parse",
+    "published",
 ]
 
 SIGNALS = ("token_accept_prob", "draft_prob", "top_prob", "entropy", "head")
@@ -60,8 +75,8 @@ class Observation(NamedTuple):
 
     `draft_prob`, `top_prob`, `entropy`, `token_accept_prob` and `head` describe the last drafted candidate and
     mean nothing at k = 0. `symbol` is what a world with hidden regimes shows of that candidate, -1 at k = 0.
-    `next_accepted` (would one more candidate be accepted, none rejected before?) is
-    clairvoyance: no live world has it.
+    `next_accepted` (would one more candidate be accepted, none rejected before?) is clairvoyance: no live world has it.
+    `verify_time` is V(k), `step_time` = T(k + 1) - T(k) what one more candidate takes.
     """
 
     num_candidates: Any
@@ -75,13 +90,21 @@ class Observation(NamedTuple):
     head: Any = None
     next_accepted: Any = None
     symbol: Any = None
+    verify_time: Any = None
+    step_time: Any = None
 
 
 class Outcome(NamedTuple):
-    """What verification revealed: candidates drafted in the round, and how many of them were accepted."""
+    """What verification revealed: candidates drafted in the round, and how many of them were accepted.
+
+    `draft_time` and `verify_time` are what all draft steps of the round and its verification took: measured in a live
+    run, elsewhere those of the cost model. `None` where there is neither.
+    """
 
     num_drafted: Any
     num_accepted: Any
+    draft_time: Any = None
+    verify_time: Any = None
 
 
 class Policy:
@@ -89,6 +112,12 @@ class Policy:
 
     needs: ClassVar[tuple[str, ...]] = ()
     """Observation fields the rule reads, `num_candidates` apart."""
+
+    timed: ClassVar[bool] = False
+    """Whether `end_round` reads the outcome's times."""
+
+    persists: ClassVar[bool] = False
+    """Whether the state at a request's end is that at the start of the next one, in place of `init()`."""
 
     def init(self) -> Any:
         """State at the start of a request."""
@@ -101,6 +130,17 @@ class Policy:
     def end_round(self, state: Any, outcome: Outcome) -> Any:
         """State after the round was verified."""
         return state
+
+
+def choose(condition: Any, yes: Any, no: Any) -> Any:
+    """`yes` where the condition holds, else `no`; numbers or arrays, all finite."""
+    held = condition * 1.0
+    return held * yes + (1.0 - held) * no
+
+
+def known(value: Any, num_candidates: Any) -> Any:
+    """What the last candidate showed, and 1 where none is drafted: a power of 0 is 1, that of nan too."""
+    return value ** ((num_candidates > 0) * 1.0)
 
 
 @dataclass(frozen=True)
@@ -208,16 +248,20 @@ class Oracle(Policy):
     needs = ("next_accepted",)
 
     def stop(self, state, observation):
-        return state, observation.next_accepted == 0
+        return state, observation.next_accepted < 1
 
 
 @dataclass(frozen=True)
 class PolicySpec:
-    """A parsed policy string: the rule, the text as typed, and on traces the signal that feeds it."""
+    """A parsed policy string: the rule, the text as typed, and on traces the signal that feeds it.
+
+    `fit` asks for the rule's parameters to be fitted to the training half of a trace.
+    """
 
     text: str
     policy: Policy | None
     signal: str | None = None
+    fit: bool = False
 
     @property
     def solves(self) -> bool:
@@ -297,11 +341,17 @@ def parse(text: str) -> PolicySpec:
     if signal is not None and (not rule.takes_signal or signal not in SIGNALS):
         allowed = f"one of {', '.join(SIGNALS)}" if rule.takes_signal else "not taken by this rule"
         raise ValueError(f"policy {text!r}: signal={signal}: {allowed}")
-    if options:
-        raise ValueError(f"policy {text!r}: unknown parameter {next(iter(options))!r}")
+    fit = _number(text, options.pop("fit"), int, 0, 1, "fit must be 0 or 1") if rule.fits and "fit" in options else 0
+    for key in options:
+        if key not in rule.parameters:
+            raise ValueError(f"policy {text!r}: unknown parameter {key!r}")
     if not rule.min_args <= len(positional) <= rule.max_args:
         raise ValueError(f"policy {text!r}: expected {rule.usage}")
-    return PolicySpec(text, rule.build(text, *positional), signal)
+    try:
+        policy = rule.build(text, *positional, **options)
+    except ValueError as error:
+        raise error if str(error).startswith("policy") else ValueError(f"policy {text!r}: {error}") from None
+    return PolicySpec(text, policy, signal, bool(fit))
 
 
 def _number(text: str, value: str, kind: type, low: float, high: float, what: str) -> Any:
@@ -315,11 +365,24 @@ def _number(text: str, value: str, kind: type, low: float, high: float, what: st
 
 
 class Rule(NamedTuple):
+    """How a rule is written and where it comes from; `parameters` maps the keys it takes to their defaults.
+
+    `evidence` says how the source was read: code, paper, note (a third party's), memory; None for what is ours.
+    `example` is the string that stands for the rule where all rules are compared.
+    """
+
     usage: str
-    build: Any
+    build: Callable[..., Policy | None]
     min_args: int
     max_args: int
     takes_signal: bool
+    does: str
+    source: str | None = None
+    evidence: str | None = None
+    example: str = ""
+    cls: type[Policy] | None = None
+    parameters: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    fits: bool = False
 
 
 def _fixed(text: str, value: str) -> Policy:
@@ -333,16 +396,82 @@ def _threshold(cls: type) -> Any:
     return build
 
 
+SPECDEC = "SpecDec++, arXiv 2405.19715"
 RULES = {
-    "fixed": Rule("fixed:K", _fixed, 1, 1, False),
-    "rejection": Rule("rejection:h[,signal=NAME]", _threshold(RejectionThreshold), 1, 1, True),
-    "lookahead": Rule("lookahead:h[,signal=NAME]", _threshold(LookaheadThreshold), 1, 1, True),
+    "fixed": Rule(
+        "fixed:K", _fixed, 1, 1, False, "draft exactly K candidates",
+        "Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318", "paper", "fixed:4", FixedLength,
+    ),
+    "rejection": Rule(
+        "rejection:h[,signal=NAME]", _threshold(RejectionThreshold), 1, 1, True,
+        "stop iff 1 - S_k > h, S_k = probability that all k are accepted", SPECDEC, "note", "rejection:0.5",
+        RejectionThreshold,
+    ),
+    "lookahead": Rule(
+        "lookahead:h[,signal=NAME]", _threshold(LookaheadThreshold), 1, 1, True,
+        "stop iff 1 - S_k * a > h, a = acceptance probability of the next candidate", None, None, "lookahead:0.5",
+        LookaheadThreshold,
+    ),
     "optimal": Rule(
         "optimal or optimal:FILE[,signal=NAME] or optimal:signal=NAME",
         lambda text, file=None: load_table(file) if file else None,
         0,
         1,
         True,
+        "the table `solve` gives for this problem, on a trace for a chain fitted to half of it; or a saved one",
+        example="optimal",
+        cls=ThresholdTable,
     ),
-    "oracle": Rule("oracle", lambda text: Oracle(), 0, 0, False),
-}
+    "oracle": Rule(
+        "oracle", lambda text: Oracle(), 0, 0, False,
+        "draft exactly what will be accepted: a bracket, not a policy anyone can run", SPECDEC, "note", "oracle", Oracle,
+    ),
+}  # fmt: skip
+"""Every rule a policy string can name."""
+
+
+def parameter(default: Any, low: float, high: float, origin: str) -> Any:
+    """A field of a published rule: a whole number, a number, or a tuple of whole numbers (written `1/3/5`).
+
+    `origin` is where the default comes from: as `Rule.evidence`, or "ours" where the source names none.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "origin": origin})
+
+
+def published(name: str, does: str, source: str, evidence: str, fits: bool = False) -> Callable[[type], type]:
+    """Enter a dataclass of `parameter` fields into `RULES`; its keys are written `name:key=value,key=value`."""
+
+    def enter(cls: type) -> type:
+        known_fields = {f.name: f for f in fields(cls) if f.metadata}
+        defaults = {key: f.default for key, f in known_fields.items()}
+
+        def build(text: str, **given: str) -> Policy:
+            return cls(**{key: _value(text, known_fields[key], value) for key, value in given.items()})
+
+        signal = bool({"survival", "next_accept_prob", "regime"}.intersection(cls.needs))
+        keys = (
+            [f"{key}={write(value)}" for key, value in defaults.items()] + ["fit=0"] * fits + ["signal=NAME"] * signal
+        )
+        usage = f"{name}[:{','.join(keys)}]" if keys else name
+        RULES[name] = Rule(usage, build, 0, 0, signal, does, source, evidence, name, cls, defaults, fits)
+        return cls
+
+    return enter
+
+
+def write(value: Any) -> str:
+    """A parameter's value as `parse` reads it back."""
+    if isinstance(value, tuple):
+        return "/".join(map(write, value))
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def _value(text: str, key: Any, value: str) -> Any:
+    low, high = key.metadata["low"], key.metadata["high"]
+    kind = type(key.default)
+    if kind is not tuple:
+        noun = "whole number" if kind is int else "number"
+        return _number(text, value, kind, low, high, f"{key.name} must be a {noun} in {low:g}..{high:g}")
+    what = f"{key.name} must be whole numbers in {low:g}..{high:g} with / between them"
+    return tuple(_number(text, part, int, low, high, what) for part in value.split("/"))

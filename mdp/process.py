@@ -163,6 +163,10 @@ class AcceptanceProcess:
         """The coupling of rounds, for processes that leave no choice; None: the problem says."""
         return None
 
+    def features(self) -> dict[str, Float[np.ndarray, " Z"]]:
+        """What a candidate shows besides its acceptance, by the regime it falls in: fields of an observation."""
+        return {}
+
     def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled | None:
         """Whole rounds from uniform coins, one per candidate and one for the start.
 

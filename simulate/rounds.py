@@ -1,16 +1,13 @@
 r"""Simulated rounds of a stopping problem, the same coins for every policy.
 
-One round is a pure step: ask the rule, draft, ask again, verify (theory, §1). Rounds follow one another in a `scan`,
-independent *replicas* in a `vmap`. Exactly `rounds` rounds are counted per policy, shared out evenly over at most
-`MAX_REPLICAS` replicas.
+One round is a pure step: ask the rule, draft, ask again, verify (theory, §1). Exactly `rounds` rounds are counted per
+policy, shared out evenly over independent replicas, which are the clusters of every standard error. Draws are
+addressed, not streamed: what a policy meets in round r of replica b depends on nothing that happened before, so all
+policies of a comparison meet the same coins, and the standard error of a difference profits from it.
 
-*Coins.* Draws are addressed, not streamed: round r of replica b owns one key, from which all K regime uniforms, all K
-acceptance uniforms and one for the next start are drawn whether or not the policy stops. So every policy meets the
-same coins in the same round, and the standard error of a difference, taken over replicas, profits from it.
-
-*Continuous processes* draw their own rounds (`AcceptanceProcess.sample`), outside of `jit`: the regime coins become
-acceptances and what the stopper sees, and the step reads both. So do hidden regimes, of which a rule sees the symbols
-and the survival that follows from them, never the regime.
+Two engines play them. Where all rules are without memory and the process is finite, rounds are walked
+(`simulate.walk`): tens of millions a second. Else they are stepped through (`simulate.steps`). A comparison is played
+by one engine as a whole.
 
 *Start.* A persistent problem is asked for its long run, so replicas should start from the stationary law of the
 policy's start-regime chain M. (i) Where M is cheap to know exactly (`mdp.evaluate.round_law`) they do: there is no
@@ -20,87 +17,42 @@ rounds spread over all start regimes, with the laws of the next start in place o
 its stationary law *and* discard a fifth of their rounds, at least `MIN_BURN_IN`. What survives is the pilot's error in
 modes slower than that burn-in; the same modes dominate the spread between replicas, hence the standard error.
 (iii) A rule with a state has no such M: replicas start from `initial` with the same burn-in; so they do in renewal
-problems, because the rule itself starts cold. Burn-in rounds own addresses -1, -2, ..., so policies with and without
-them still share the coins of counted rounds.
-
-*Compilation.* Problem and rule are pytrees of arrays: one compilation per class of rule and shape of problem,
-whatever the parameters.
+problems, because the rule itself starts cold, and wherever texts end (`Requests`). Burn-in rounds own addresses of
+their own, so policies with and without them still share the coins of counted rounds.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import fields
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from mdp import entrants
 from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.evaluate import long_run, round_law
 from mdp.metrics import Tally
-from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
-from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.process import AcceptanceProcess, Sampled
+from mdp.policy import Policy, PolicySpec, ThresholdTable
+from mdp.problem import StoppingProblem
+from simulate import steps
+from simulate.automaton import automaton
+from simulate.coins import lane_keys
 from simulate.estimate import Comparison, PolicyResult
+from simulate.requests import Requests
+from simulate.walk import Counts, one_regime, walk
 
-__all__ = ["MAX_REPLICAS", "MIN_BURN_IN", "simulate"]
+__all__ = ["simulate"]
 
-MAX_REPLICAS = 256
-MIN_BURN_IN = 100
-MAX_ROUNDS = 2**40
+MAX_ROUNDS = 2**38
 MAX_EXACT_STATES = 200_000
-PILOT_ROUNDS, PILOT_LANES = 2**16, 64
-START, PILOT = 2**31, 2**31 + 1
-"""Addresses that no round has, counted (0, 1, ..) or burnt in (-1, -2, ..)."""
-
-SHORT_CHUNK, LONG_CHUNK, COINS_PER_CHUNK = 32, 512, 2**22
-SHOWN = frozenset(
-    {"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted", "symbol"}
-)
-
-
-class _World(NamedTuple):
-    """The problem as the step reads it: laws as cumulative rows, flattened; `after_*` are None if rounds renew."""
-
-    transition: Float[Array, " ZZ"]
-    initial: Float[Array, " Z"]
-    accept_prob: Float[Array, "K Z"]
-    next_accept_prob: Float[Array, "K Z"]
-    after_rejection: Float[Array, " ZZ"] | None
-    after_bonus: Float[Array, " ZZ"] | None
-
-
-class _Drawn(NamedTuple):
-    """Rounds that the process drew itself, [R, K, B]: acceptance of candidate k + 1, and what is seen at k.
-
-    A field that the rule does not read is None; without `survival` the acceptances themselves are seen.
-    """
-
-    accept_prob: Any
-    next_accept_prob: Any
-    regime: Any
-    survival: Any = None
-    symbol: Any = None
-
-
-class _Drafting(NamedTuple):
-    """A round in the making. `last_kept` is the regime of the first rejected candidate, else of the last one."""
-
-    state: Any
-    regime: Int[Array, ""]
-    last_kept: Int[Array, ""]
-    survival: Float[Array, ""]
-    token_accept_prob: Float[Array, ""]
-    drafting: Array
-    rejected: Array
-    num_drafted: Int[Array, ""]
-    num_accepted: Int[Array, ""]
+LANES, ROUNDS_PER_LANE = (steps.MAX_REPLICAS, 2**11, 2**14), 32
+"""How many lanes there may be, and how many rounds each must have for it to pay."""
+SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted",
+                   "verify_time", "step_time", "symbol"})  # fmt: skip
 
 
 def simulate(
@@ -109,6 +61,7 @@ def simulate(
     *,
     rounds: int,
     key: Key[Array, ""] | int,
+    requests: Requests | None = None,
 ) -> Comparison:
     """Monte Carlo estimate of what each policy earns on a problem, paired over replicas.
 
@@ -117,6 +70,7 @@ def simulate(
         policies: policy strings, or rules of one's own; a bare `optimal` is solved first.
         rounds: counted rounds per policy.
         key: a jax random key, or a whole number that seeds one (and is then kept in the result).
+        requests: where texts end; None: never, which is what the theory is about.
 
     Raises:
         ValueError: if a policy looks at what a problem does not show, or is made for another one; one line.
@@ -129,10 +83,13 @@ def simulate(
     finite = problem.unseen()
     specs = entrants.read(policies)
     rules = [_rule(problem, spec) for spec in specs]
-    replicas = min(int(rounds), MAX_REPLICAS)
-    quota = rounds // replicas + (np.arange(replicas) < rounds % replicas)
     with jax.enable_x64(True):
-        tallies = _play(problem, specs, rules, key if seed is None else jr.key(seed), quota)
+        key = key if seed is None else jr.key(seed)
+        starts = [_start(problem, spec.text, rule, key, requests) for spec, rule in zip(specs, rules, strict=True)]
+        tallies = None if requests else _walked(problem, rules, starts, key, int(rounds))
+        if tallies is None:
+            quota = _shared_out(int(rounds), steps.MAX_REPLICAS)
+            tallies = steps.play(problem, rules, starts, key, quota, requests)
     results = (
         PolicyResult(spec.text, tally, plain_time=float(finite.verify_time[0]))
         for spec, tally in zip(specs, tallies, strict=True)
@@ -140,18 +97,31 @@ def simulate(
     return Comparison(tuple(results), rounds=int(rounds), seed=seed)
 
 
+def check(problem: StoppingProblem, spec: PolicySpec) -> None:
+    """Whether the problem shows all that a rule reads.
+
+    Raises:
+        Lacking: if not.
+    """
+    process = problem.acceptance
+    shown = SHOWN - process.hides | set(process.features())
+    hidden = entrants.needs(spec.policy) - shown if spec.policy else None
+    if hidden:
+        raise entrants.Lacking(spec.text, min(hidden), "which a problem does not show")
+
+
 def _rule(problem: StoppingProblem, spec: PolicySpec) -> Policy:
     """The rule as a pytree of arrays, checked against what a problem shows; a bare `optimal` is solved."""
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal= applies to traces, a problem shows its survival")
+    if spec.fit:
+        raise ValueError(f"policy {spec.text!r}: fit=1 applies to traces, a problem has no training half")
     policy = spec.policy
     if policy is None:
         from mdp.solve import solve
 
         policy = solve(problem).policy
-    hidden = entrants.needs(policy) - (SHOWN - problem.acceptance.hides)
-    if hidden:
-        raise ValueError(f"policy {spec.text!r} needs {min(hidden)}, which a problem does not show")
+    check(problem, PolicySpec(spec.text, policy))
     finite = problem.unseen()
     num_regimes = problem.acceptance.num_regimes
     if num_regimes is None and "regime" in entrants.needs(policy) and not isinstance(policy, ThresholdTable):
@@ -186,25 +156,24 @@ def _register(cls: type) -> None:
     _registered.add(cls)
 
 
-def _start(world: "_World", finite: FiniteProblem, text: str, rule: Policy, key: Any) -> tuple[np.ndarray, bool]:
+def _start(
+    problem: StoppingProblem, text: str, rule: Policy, key: Any, requests: Requests | None
+) -> tuple[np.ndarray, bool]:
     """Law of the first start regime, and whether it needs a burn-in: the three cases of the module docstring."""
-    if not _stateless(rule):
+    finite, features = problem.unseen(), problem.acceptance.features()
+    if requests or not _stateless(rule):
         return finite.initial, True
     if not finite.persistent:
         return finite.initial, False
-    assert finite.rejection is not None and finite.bonus is not None
     size, depth = finite.num_regimes, finite.max_candidates
     if size**3 * math.comb(depth + size - 2, size - 1) <= MAX_EXACT_STATES:
         try:
-            law = round_law(finite, rule)
+            law = round_law(finite, rule, features)
         except ValueError:  # a rule that only the simulator can play
             pass
         else:
             return long_run(law, finite.initial, text), False
-    repeats = max(PILOT_ROUNDS // (size * PILOT_LANES), 1)
-    counts = _pilot(world, rule, jr.fold_in(key, np.uint32(PILOT)), repeats)
-    rejected, kept = (np.asarray(count) / (repeats * PILOT_LANES) for count in counts)
-    chain = rejected @ finite.rejection + kept @ finite.bonus
+    chain = steps.pilot(finite, features, rule, key)
     classes = recurrent_classes(chain, finite.initial)
     # Several classes: the pilot may have missed a rare way from one to another.
     return (stationary_law(chain, classes[0]) if len(classes) == 1 else finite.initial), True
@@ -214,212 +183,35 @@ def _stateless(rule: Policy) -> bool:
     return not jax.tree_util.tree_leaves(rule.init())
 
 
-def _play(problem: StoppingProblem, specs: list, rules: list, key: Any, quota: np.ndarray) -> list[Tally]:
-    """All policies through all rounds, chunk by chunk, so that a chunk's coins are drawn once for all of them."""
-    finite, process = problem.unseen(), problem.acceptance
-    world, size, needed = _world(finite), len(quota), int(quota.max())
-    # Two sizes of chunk, so that another number of rounds seldom means another compilation.
-    affordable = COINS_PER_CHUNK // ((2 * finite.max_candidates + 1) * MAX_REPLICAS)
-    chunk = min(SHORT_CHUNK if needed <= SHORT_CHUNK else LONG_CHUNK, affordable)
-    before = -(-max(MIN_BURN_IN, needed // 5) // chunk)
-    replica_keys = jax.vmap(partial(jr.fold_in, key))(jnp.arange(size, dtype=jnp.uint32))
-    starts = [_start(world, finite, spec.text, rule, key) for spec, rule in zip(specs, rules, strict=True)]
-    columns = [rule.survival_threshold.shape[1] if isinstance(rule, ThresholdTable) else 1 for rule in rules]
-    reads = [entrants.needs(rule) for rule in rules]
-    rules = [jax.tree_util.tree_map(jnp.asarray, rule) for rule in rules]
-    carries = [_begin(rule, _cumulative(law), replica_keys) for rule, (law, _) in zip(rules, starts, strict=True)]
-    counts = [jnp.zeros((3, size), dtype=jnp.int64)] * len(rules)
-    times = [jnp.zeros(size, dtype=jnp.float64)] * len(rules)
-    round_time, quota_array = jnp.asarray(finite.round_time), jnp.asarray(quota)
-    for index in range(-before if any(burn_in for _, burn_in in starts) else 0, -(-needed // chunk)):
-        first = jnp.asarray(index * chunk, dtype=jnp.int64)
-        coins = _coins(replica_keys, first, chunk, finite.max_candidates)
-        by_candidate = np.moveaxis(np.asarray(coins), 1, 0)
-        sampled = process.sample(by_candidate[: finite.max_candidates], by_candidate[-1])
-        for p, (rule, (_, burn_in)) in enumerate(zip(rules, starts, strict=True)):
-            if index >= 0 or burn_in:
-                drawn = None if sampled is None else _drawn(process, sampled, columns[p], reads[p])
-                carries[p], count, time = _chunk(
-                    world, rule, carries[p], (coins, drawn), first, quota_array, round_time
-                )
-                counts[p], times[p] = counts[p] + count, times[p] + time
-    return [_tally(np.asarray(count), np.asarray(time), quota) for count, time in zip(counts, times, strict=True)]
+def _shared_out(rounds: int, replicas: int) -> Int[np.ndarray, " B"]:
+    """Rounds of each replica."""
+    replicas = min(rounds, replicas)
+    return rounds // replicas + (np.arange(replicas) < rounds % replicas)
 
 
-def _drawn(process: AcceptanceProcess, sampled: Sampled, columns: int, reads: frozenset[str]) -> _Drawn:
-    """The sampled rounds as one rule sees them; a table says by its columns how finely it tells states apart."""
-    seen = _Drawn(
-        sampled.accept_prob,
-        process.expected_next(sampled.state) if "next_accept_prob" in reads else None,
-        process.regimes(sampled.state, columns) if "regime" in reads else None,
-        sampled.survival,
-        sampled.symbol if "symbol" in reads else None,
-    )
-    return jax.tree_util.tree_map(lambda part: jnp.asarray(np.moveaxis(part, 0, 1)), seen)
+def _walked(
+    problem: StoppingProblem, rules: list[Policy], starts: list[tuple[np.ndarray, bool]], key: Any, rounds: int
+) -> list[Tally] | None:
+    """What the rules earn, walked; None where they have to be stepped through."""
+    if not problem.acceptance.finite or not all(map(_stateless, rules)):
+        return None
+    finite, features = problem.lower(), problem.acceptance.features()
+    quota = _shared_out(rounds, max(size for size in LANES if size == LANES[0] or rounds >= size * ROUNDS_PER_LANE))
+    keys = lane_keys(key, len(quota))
+    if finite.num_regimes == 1:
+        return [_tally(counts, quota) for counts in one_regime(finite, rules, keys, quota, features)]
+    found = []
+    for rule, (start, _) in zip(rules, starts, strict=True):
+        found.append(automaton(finite, rule, start, features))
+        if found[-1] is None:
+            return None
+    burn_in = max(steps.MIN_BURN_IN, int(quota.max()) // 5)
+    return [
+        _tally(walk(finite, rounds_, keys, quota, burn_in * burnt), quota)
+        for rounds_, (_, burnt) in zip(found, starts, strict=True)
+    ]
 
 
-def _tally(count: np.ndarray, time: np.ndarray, quota: np.ndarray) -> Tally:
-    drafted, accepted, calls = count
-    assert (calls == quota).all(), "rounds were lost or invented"
-    return Tally(calls, drafted, accepted + calls, drafted - accepted, np.zeros_like(calls), time)
-
-
-def _cumulative(law: np.ndarray) -> np.ndarray:
-    """Cumulative rows that end in exactly 1, regimes of probability 0 behind the last possible one included."""
-    rows = np.cumsum(law, axis=-1)
-    return rows / rows[..., -1:]
-
-
-def _world(finite: FiniteProblem) -> _World:
-    def rows(law: Any) -> Any:
-        return None if law is None else jnp.asarray(_cumulative(law).ravel())
-
-    return _World(
-        rows(finite.transition), jnp.asarray(_cumulative(finite.initial)),
-        jnp.asarray(finite.accept_prob), jnp.asarray(finite.next_accept_prob),
-        rows(finite.rejection), rows(finite.bonus),
-    )  # fmt: skip
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _coins(replica_keys: Any, first: Any, chunk: int, max_candidates: int) -> Float[Array, "R C B"]:
-    """Uniforms of `chunk` rounds from round `first` on: [round, coin, replica], 2 K + 1 coins a round."""
-
-    def draw(round_: Any, replica_key: Any) -> Any:
-        address = jr.fold_in(replica_key, round_.astype(jnp.uint32))  # -1 becomes 2^32 - 1, and so on
-        return jr.uniform(address, (2 * max_candidates + 1,), dtype=jnp.float64)
-
-    over_replicas = jax.vmap(draw, in_axes=(None, 0), out_axes=1)
-    return jax.vmap(over_replicas, in_axes=(0, None))(first + jnp.arange(chunk, dtype=jnp.int64), replica_keys)
-
-
-@jax.jit
-def _begin(rule: Any, law: Any, replica_keys: Any) -> Any:
-    """State and start regime of every replica."""
-
-    def one(replica_key: Any) -> Any:
-        coin = jr.uniform(jr.fold_in(replica_key, np.uint32(START)), dtype=jnp.float64)
-        return _initial_state(rule), _pick(law, jnp.zeros((), jnp.int64), len(law), coin)
-
-    return jax.vmap(one)(replica_keys)
-
-
-def _initial_state(rule: Any) -> Any:
-    """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
-    state = jax.tree_util.tree_map(jnp.asarray, rule.init())
-    no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
-    clairvoyant = no if "next_accepted" in rule.needs else None
-    seen = Observation(whole, real, real, whole, real, next_accepted=clairvoyant, symbol=whole)
-    after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], Outcome(whole, whole)), state)
-    return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)
-
-
-@jax.jit
-def _chunk(world: _World, rule: Any, carry: Any, chance: Any, first: Any, quota: Any, round_time: Any) -> Any:
-    """The next rounds of one policy: new carry, then counts [drafted, accepted, rounds] and time per replica.
-
-    `chance` is the rounds' coins and what the process made of them itself (`_Drawn`), or None.
-    """
-    step = jax.vmap(partial(_round, world, rule), in_axes=(0, 1))
-    carry, (drafted, accepted) = jax.lax.scan(step, carry, chance)
-    rounds = first + jnp.arange(len(chance[0]), dtype=jnp.int64)[:, None]
-    counted = (rounds >= 0) & (rounds < quota)
-    counts = jnp.stack([jnp.sum(x * counted, axis=0) for x in (drafted, accepted, jnp.ones_like(drafted))])
-    return carry, counts, jnp.sum(round_time[drafted] * counted, axis=0)
-
-
-@partial(jax.jit, static_argnums=3)
-def _pilot(world: _World, rule: Any, key: Any, repeats: int) -> Any:
-    """`repeats` x `PILOT_LANES` rounds from every start: counts [start, last_kept], rejected there and all accepted."""
-    depth, size = world.accept_prob.shape
-    starts = jnp.tile(jnp.arange(size, dtype=jnp.int64), PILOT_LANES)
-
-    def one(start: Any, lane_key: Any) -> Any:
-        coins = jr.uniform(lane_key, (2 * depth,), dtype=jnp.float64)
-        return _draft(world, rule, _initial_state(rule), start, coins, None)
-
-    def repeat(total: Any, repeat_key: Any) -> Any:
-        end = jax.vmap(one)(starts, jr.split(repeat_key, len(starts)))
-        hits = end.rejected.astype(jnp.float64)
-        return tuple(t.at[starts, end.last_kept].add(x) for t, x in zip(total, (hits, 1.0 - hits), strict=True)), None
-
-    none = jnp.zeros((size, size), dtype=jnp.float64)
-    return jax.lax.scan(repeat, (none, none), jr.split(key, repeats))[0]
-
-
-def _round(world: _World, rule: Any, carry: Any, chance: tuple[Float[Array, " C"], _Drawn | None]) -> Any:
-    """One round of one replica: (state, start regime), chance -> the same for the next round, and what happened."""
-    (state, start), (coins, drawn) = carry, chance
-    size = world.accept_prob.shape[1]
-    if world.after_bonus is None:
-        start = _pick(world.initial, jnp.zeros((), jnp.int64), size, coins[-1])
-    end = _draft(world, rule, state, start, coins, drawn)
-    state = rule.end_round(end.state, Outcome(end.num_drafted, end.num_accepted))
-    state = jax.tree_util.tree_map(lambda new, old: jnp.asarray(new, old.dtype), state, end.state)
-    if world.after_rejection is not None and world.after_bonus is not None:
-        rejected, kept = (_pick(rows, end.last_kept, size, coins[-1])
-                          for rows in (world.after_rejection, world.after_bonus))  # fmt: skip
-        start = jnp.where(end.rejected, rejected, kept)
-    return (state, start), (end.num_drafted, end.num_accepted)
-
-
-def _draft(
-    world: _World, rule: Any, state: Any, start: Any, coins: Float[Array, " C"], drawn: _Drawn | None
-) -> _Drafting:
-    """Ask the rule and draft, up to K times; coins: K for regimes, K for acceptances, any others."""
-    depth = world.accept_prob.shape[0]
-    no, zero = jnp.zeros((), dtype=bool), jnp.zeros((), jnp.int64)
-    one, nothing = jnp.ones((), jnp.float64), jnp.full((), jnp.nan, jnp.float64)
-    begin = _Drafting(state, start, start, one, nothing, ~no, no, zero, zero)
-    by_candidate = (jnp.arange(depth, dtype=jnp.int64), coins[:depth], coins[depth : 2 * depth], drawn)
-    return jax.lax.scan(lambda now, x: (_candidate(world, rule, now, *x), None), begin, by_candidate)[0]
-
-
-def _candidate(
-    world: _World, rule: Any, now: _Drafting, k: Any, regime_coin: Any, accept_coin: Any, drawn: _Drawn | None
-) -> _Drafting:
-    """Ask the rule with k candidates drafted, and draft one more unless it stops (or has stopped before)."""
-    if drawn is None:
-        regime = _pick(world.transition, now.regime, world.accept_prob.shape[1], regime_coin)
-        drawn = _Drawn(world.accept_prob[k, regime], world.next_accept_prob[k, now.regime], now.regime)
-    else:
-        regime = now.regime
-    accept_prob = drawn.accept_prob
-    accepted = accept_coin < accept_prob
-    seen = Observation(
-        num_candidates=k,
-        survival=now.survival if drawn.survival is None else drawn.survival,
-        next_accept_prob=drawn.next_accept_prob,
-        regime=drawn.regime,
-        token_accept_prob=now.token_accept_prob if drawn.survival is None else None,
-        symbol=drawn.symbol,
-        # clairvoyance is shown to those only who say that they use it
-        next_accepted=accepted & ~now.rejected if "next_accepted" in rule.needs else None,
-    )
-    asked, stop = rule.stop(now.state, seen)
-    keep = now.drafting
-    state = jax.tree_util.tree_map(lambda new, old: jnp.where(keep, jnp.asarray(new, old.dtype), old), asked, now.state)
-    go = keep & ~jnp.asarray(stop, dtype=bool)
-    return _Drafting(
-        state=state,
-        regime=jnp.where(go, regime, now.regime),
-        last_kept=jnp.where(go & ~now.rejected, regime, now.last_kept),
-        survival=jnp.where(go, now.survival * accept_prob, now.survival),
-        token_accept_prob=jnp.where(go, accept_prob, now.token_accept_prob),
-        drafting=go,
-        rejected=now.rejected | (go & ~accepted),
-        num_drafted=now.num_drafted + go,
-        num_accepted=now.num_accepted + (go & accepted & ~now.rejected),
-    )
-
-
-def _pick(rows: Float[Array, " ZZ"], row: Int[Array, ""], size: int, coin: Float[Array, ""]) -> Int[Array, ""]:
-    """Inverse-CDF draw from one cumulative row: how many of its entries are at most the coin, by bisection."""
-    found = jnp.zeros((), jnp.int64)
-    step = 1 << max(size - 1, 0).bit_length() >> 1
-    while step:
-        probe = found + step
-        below = rows[row * size + jnp.minimum(probe, size) - 1] <= coin
-        found = jnp.where((probe < size) & below, probe, found)
-        step >>= 1
-    return found
+def _tally(counts: Counts, quota: Int[np.ndarray, " B"]) -> Tally:
+    drafted, accepted, time = counts
+    return Tally(quota, drafted, accepted + quota, drafted - accepted, np.zeros_like(quota), time)

@@ -15,6 +15,7 @@ from mdp.evaluate import evaluate
 from mdp.policy import Policy, ThresholdTable
 from mdp.problem import Persistent, StoppingProblem
 from simulate import rounds as module
+from simulate import walk
 from simulate.rounds import simulate
 
 COST = Affine(draft_time=0.2, verify_time=1.0, verify_slope=0.02)
@@ -187,6 +188,9 @@ class Counting(Policy):
     needs = ("survival",)
     traced: ClassVar[int] = 0
 
+    def init(self):
+        return 0.0  # a state, so that rounds are stepped through
+
     def __post_init__(self):
         if not 0 <= self.threshold <= 1:
             raise ValueError("threshold")
@@ -251,6 +255,13 @@ def test_one_compilation_per_class_and_shape():
     assert Counting.traced == once
     simulate(renewal(5), [Counting(0.2)], rounds=10_000, key=0)
     assert Counting.traced > once
+
+
+def test_walks_compile_once_for_many_rules():
+    simulate(renewal(), ["rejection:0.2"], rounds=10_000, key=0)
+    once = walk._walk._cache_size()
+    simulate(renewal(), ["rejection:0.3", "fixed:2", "lookahead:0.5"], rounds=10_000, key=1)
+    assert walk._walk._cache_size() == once
 
 
 @pytest.mark.parametrize(
