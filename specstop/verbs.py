@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mdp.policy import PolicySpec
     from mdp.trace import Trace
 
-__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
+__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve", "sweep"]
 
 DONE, NOT_CONVERGED = 0, 3
 
@@ -140,6 +140,19 @@ def simulate(args: Namespace) -> int:
     result = simulate(problem, solved, rounds=args.rounds, key=args.seed)
     _print_comparison(result.to_dict(), args)
     return _code(solution)
+
+
+def sweep(args: Namespace) -> int:
+    """A grid of problems, policies and seeds, written as netCDF."""
+    from simulate.sweep import from_file, run
+
+    start, planned = time.perf_counter(), from_file(args.sweep)
+    found = run(planned, out=args.out, resume=args.resume, workers=args.workers, scheduler=args.scheduler)
+    unsolved = int((found.solved == 0).sum())
+    result = {"out": args.out, "cells": planned.num_cells, "dims": dict(found.sizes), "not_converged": unsolved,
+              "seconds": time.perf_counter() - start}  # fmt: skip
+    emit(json_line(result) if args.json else key_values(result))
+    return NOT_CONVERGED if unsolved else DONE
 
 
 def replay(args: Namespace) -> int:
