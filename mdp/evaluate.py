@@ -184,7 +184,9 @@ def round_law(problem: FiniteProblem, policy: Policy, features: Mapping[str, np.
                 token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
                 verify_time=problem.verify_time[k],
                 step_time=problem.round_time[k + 1] - problem.round_time[k],
-                **{key: values[states.regime] if k else np.ones(len(states.regime)) for key, values in features.items()},
+                **{
+                    key: values[states.regime] if k else np.ones(len(states.regime)) for key, values in features.items()
+                },
             )
             new_state, answer = policy.stop(state, observation)
             if new_state is not state:

@@ -126,6 +126,7 @@ def decode(
     start = time.perf_counter()
     while emitted < max_new_tokens:
         sight.restart()
+        spent = run.draft_time, run.verify_time
         most, drafted = min(max_candidates, max_new_tokens - emitted - 1), []
         while len(drafted) < most and not (drafted and drafted[-1] in pair.end_token_ids):
             state, stop = rule.stop(state, sight.observation(len(drafted)))
@@ -135,7 +136,8 @@ def decode(
             drafted.append(token)
             sight.update(features)
         num_accepted, tokens = run.verify()
-        state = rule.end_round(state, Outcome(len(drafted), num_accepted))
+        took = run.draft_time - spent[0], run.verify_time - spent[1]
+        state = rule.end_round(state, Outcome(len(drafted), num_accepted, *took))
         emitted += len(tokens)
         rounds.append(Round(len(drafted), num_accepted, len(tokens), num_accepted + 1 - len(tokens)))
         if tokens[-1] in pair.end_token_ids:
@@ -169,6 +171,8 @@ class _Sight:
         """The rule of `spec` at this depth, refused if it or the estimator reads what is not there."""
         if spec.policy is None:
             raise ValueError(f"policy {spec.text!r}: not solved; give the table of a solution, optimal:FILE")
+        if spec.fit:
+            raise ValueError(f"policy {spec.text!r}: not fitted; give the rule that mdp.fit_rules makes of a trace")
         signal = getattr(self.estimator, "signal", None)
         if signal is not None and signal not in self.features:
             lacking = [signal]
@@ -179,7 +183,7 @@ class _Sight:
             ways = dict.fromkeys(_SCORED, "score=True does")
             ways |= dict.fromkeys(("survival", "next_accept_prob", "regime"), "an estimator does")
             hint = f" ({ways[lacking[0]]})" if lacking[0] in ways else ""
-            raise ValueError(f"policy {spec.text!r} needs {lacking[0]}, which this live run does not show{hint}")
+            raise entrants.Lacking(spec.text, lacking[0], f"which this live run does not show{hint}")
         chain = getattr(self.estimator, "transition", None)
         return entrants.fit_depth(spec.text, spec.policy, max_candidates, 1 if chain is None else len(chain))
 

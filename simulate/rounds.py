@@ -292,7 +292,9 @@ def _initial_state(rule: Any) -> Any:
     """`rule.init()` as arrays, of the types that a round turns them into: a mean that starts as 0 is no integer."""
     state = jax.tree_util.tree_map(jnp.asarray, rule.init())
     no, whole, real = jnp.zeros((), bool), jnp.zeros((), jnp.int64), jnp.zeros((), jnp.float64)
-    seen = Observation(whole, real, real, whole, *[real] * 5, no if "next_accepted" in rule.needs else None, real, real)
+    seen = Observation(whole, **dict.fromkeys(Observation._fields[1:], real))._replace(
+        regime=whole, next_accepted=no if "next_accepted" in rule.needs else None
+    )
     end = Outcome(whole, whole, real, real)
     after = jax.eval_shape(lambda now: rule.end_round(rule.stop(now, seen)[0], end), state)
     return jax.tree_util.tree_map(lambda now, then: now.astype(jnp.promote_types(now.dtype, then.dtype)), state, after)

@@ -74,12 +74,33 @@ def evaluate(args: Namespace) -> int:
 
     from mdp.evaluate import check_exact, evaluate
 
+    everything, checked = inputs.ALL in args.policies, []
+    refused: dict[str, str] = {}
     for spec in specs:
-        check_exact(problem, spec)
+        try:
+            check_exact(problem, spec)
+            checked.append(spec)
+        except ValueError as error:
+            if not everything:
+                raise
+            refused[spec.text] = str(error)
     solution = _solve(problem, args)
-    results = [evaluate(problem, spec, solution=solution).to_dict() for spec in specs]
-    _print_policies(results, args.json)
+    results = []
+    for spec in checked:
+        try:
+            results.append(evaluate(problem, spec, solution=solution).to_dict())
+        except ValueError as error:
+            if not everything:
+                raise
+            refused[spec.text] = str(error)
+    rows = [{"policy": text, "why": why.partition("' ")[2] or why} for text, why in refused.items()]
+    _print_policies([*results, *rows] if args.json else [*results, *_not_applicable(rows)], args.json)
     return _code(solution)
+
+
+def _not_applicable(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows of the table for rules that cannot run here."""
+    return [{"policy": row["policy"], "throughput": f"n/a ({row['why']})"} for row in rows]
 
 
 def _print_policies(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
@@ -103,38 +124,43 @@ def simulate(args: Namespace) -> int:
     """Monte Carlo of policies that meet the same coins."""
     (problem,) = inputs.read_problems([args.problem])
     specs = inputs.read_policies(args.policies, problem)
-    solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
 
-    from simulate.rounds import simulate
+    from simulate.rounds import check, simulate
+
+    specs, lacking = inputs.able(args.policies, specs, lambda spec: check(problem, spec))
+    solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
 
     solved = [replace(spec, policy=spec.policy or solution.policy) for spec in specs]  # type: ignore[union-attr]
     result = simulate(problem, solved, rounds=args.rounds, key=args.seed)
-    _print_comparison(result.to_dict(), args)
+    _print_comparison(result.to_dict(), lacking, args)
     return _code(solution)
 
 
 def replay(args: Namespace) -> int:
     """Policies on a recorded trace."""
-    specs = inputs.read_policies(args.policies)
+    if inputs.ALL not in args.policies:
+        inputs.read_policies(args.policies)
     cost = None if args.cost is None else inputs.declared_cost(args.cost)
 
-    from simulate.replay import replay
+    from simulate.replay import check, replay
 
     trace = _load_trace(args.trace)
+    specs = inputs.read_policies(args.policies, max_candidates=trace.max_candidates)
+    specs, lacking = inputs.able(args.policies, specs, lambda spec: check(trace, spec))
     if cost is not None:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     result = replay(trace, specs, cost=cost, level=args.level)
-    _print_comparison(result.to_dict(), args)
+    _print_comparison(result.to_dict(), lacking, args)
     return DONE
 
 
-def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
+def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str]], args: Namespace) -> None:
     if args.json:
-        emit(json_line(result))
+        emit(json_line(result | {"not_applicable": lacking} if lacking else result))
         return
     rows, differences = result["policies"], result["differences"]
     about = {key: value for key, value in result.items() if value is not None and not isinstance(value, list)}
-    parts = [key_values(about), _policy_table(rows)]
+    parts = [key_values(about), _policy_table([*rows, *_not_applicable(lacking)])]
     if differences:
         parts.append(table(differences))
     if any(row.get("signal") == SIGNALS[0] for row in rows):
@@ -283,6 +309,20 @@ def policies(args: Namespace) -> int:
     if args.json:
         for row in rows:
             emit(json_line(row))
-    else:
-        emit(table(rows))
+        return DONE
+    about = [
+        {**row, "needs": ", ".join([*row["needs"], *["times"] * row["timed"]]) or "-", "read in": row["evidence"]}
+        for row in rows
+    ]
+    ours = [
+        f"{row['name']}: {', '.join(p['name'] for p in row['parameters'] if p['origin'] == 'ours')}"
+        for row in rows
+        if any(p["origin"] == "ours" for p in row["parameters"])
+    ]
+    emit(
+        f"{table(about, ['usage', 'needs', 'does', 'source', 'read in'])}\n\n"
+        f"signals on a trace: {', '.join(SIGNALS)}; the first is a perfect head and the default\n"
+        "fit=1: parameters fitted to the training half of a trace; in place of a policy, all: every rule\n"
+        f"defaults that no source gives: {'; '.join(ours)}"
+    )
     return DONE
