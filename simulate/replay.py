@@ -32,7 +32,7 @@ from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.trace import FEATURES, Trace
 from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
 
-__all__ = ["RoundLog", "replay", "replay_rounds"]
+__all__ = ["RoundLog", "check", "fitted", "replay", "replay_rounds"]
 
 SIGNAL_FIELDS = frozenset({"survival", "next_accept_prob", "regime"})
 CHAIN_FIELDS = frozenset({"next_accept_prob", "regime"})
@@ -230,6 +230,18 @@ def check(trace: Trace, spec: PolicySpec) -> None:
         Lacking: if not.
     """
     _contender(trace, spec)
+
+
+def fitted(trace: Trace, spec: PolicySpec, *, cost: Cost | None = None) -> Policy:
+    """The rule of a spec with `fit`, fitted to the training half of the trace as `replay` does it.
+
+    `cost`: the times under which it is to be good; None takes the measured ones.
+
+    Raises:
+        ValueError: as `replay`.
+    """
+    contender = _contender(trace, spec)
+    return _rule(trace, contender, None, _measured(trace) if cost is None else cost)
 
 
 def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: Cost | None) -> Policy:

@@ -74,27 +74,20 @@ def evaluate(args: Namespace) -> int:
 
     from mdp.evaluate import check_exact, evaluate
 
-    everything, checked = inputs.ALL in args.policies, []
-    refused: dict[str, str] = {}
-    for spec in specs:
-        try:
-            check_exact(problem, spec)
-            checked.append(spec)
-        except ValueError as error:
-            if not everything:
-                raise
-            refused[spec.text] = str(error)
+    every = inputs.ALL in args.policies
+    for spec in [] if every else specs:
+        check_exact(problem, spec)
     solution = _solve(problem, args)
-    results = []
-    for spec in checked:
+    results, refused = [], []
+    for spec in specs:
         try:
             results.append(evaluate(problem, spec, solution=solution).to_dict())
         except ValueError as error:
-            if not everything:
+            if not every:
                 raise
-            refused[spec.text] = str(error)
-    rows = [{"policy": text, "why": why.partition("' ")[2] or why} for text, why in refused.items()]
-    _print_policies([*results, *rows] if args.json else [*results, *_not_applicable(rows)], args.json)
+            why = str(error).removeprefix(f"policy {spec.text!r}").lstrip(": ")
+            refused.append({"policy": spec.text, "why": why})
+    _print_policies([*results, *(refused if args.json else _not_applicable(refused))], args.json)
     return _code(solution)
 
 
@@ -212,6 +205,12 @@ def decode(args: Namespace) -> int:
     signal = _live_signal(spec, args.trace)
     trace = None if args.trace is None else _load_trace(args.trace)
     estimator = None if trace is None or signal is None else _estimator(trace, signal)
+    if spec.fit:
+        if trace is None:
+            raise ValueError(f"policy {spec.text!r}: fit=1 is fitted to a trace; give --trace")
+        from simulate.replay import fitted
+
+        spec = replace(spec, policy=fitted(trace, spec), fit=False)
 
     from realmodels.decode import decode
     from realmodels.pair import load_pair

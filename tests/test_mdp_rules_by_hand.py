@@ -239,8 +239,9 @@ def test_ralmspec_times_are_those_of_its_rounds():
 
 def test_ralmspec_overlap_needs_no_stride_where_verification_is_short():
     assert play("ralmspec:overlap=1,step=0.2,verify=0.2", lengths_only(1, 1, 1, 1)) == [1, 1, 1, 1]
-    # time(s) = .6^s((s-1).2 + 1) + (1 - .6^s)(.2 s + 1): time(1) = .6 + .4*1.2 = 1.08; time(2) = .432 + .64*1.4 = 1.328:
-    # .64*1.08 = .691 >= .4*1.328 = .531; time(3) = .216*1.4 + .784*1.6 = 1.5568: .784*1.328 = 1.041 >= .64*1.5568 = .996;
+    # time(s) = .6^s((s-1).2 + 1) + (1 - .6^s)(.2 s + 1): time(1) = .6 + .4*1.2 = 1.08;
+    # time(2) = .36*1.2 + .64*1.4 = 1.328: .64*1.08 = .691 >= .4*1.328 = .531;
+    # time(3) = .216*1.4 + .784*1.6 = 1.5568: .784*1.328 = 1.041 >= .64*1.5568 = .996;
     # time(4) = .1296*1.6 + .8704*1.8 = 1.7741: .8704*1.5568 = 1.355 < .784*1.7741 = 1.391: 3
     assert play(f"ralmspec:overlap=1,{OWN}", lengths_only(1, 1)) == [1, 3]
 
