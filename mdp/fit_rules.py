@@ -31,8 +31,8 @@ from mdp.trace import Trace
 __all__ = ["fit_rule", "roc_threshold"]
 
 FN_WEIGHT = 3.0
-UNITS, PENALTY, MAX_SAMPLES, STEPS = 8, 1e-4, 20_000, 200
-THRESHOLDS = tuple(n / 20 for n in range(1, 20))
+UNITS, PENALTY, MAX_SAMPLES, STEPS = 8, 1e-4, 8_000, 200
+THRESHOLDS = tuple(n / 10 for n in range(1, 10))
 
 
 def fit_rule(

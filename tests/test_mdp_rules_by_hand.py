@@ -155,6 +155,9 @@ def test_disco():
     assert play(net, [(shown, 0)], **nothing) == [3]
     shown[1] = {"top_prob": 0.4, "draft_prob": 0.2, "entropy": 1.6}  # .8 - 1.8 + .1 = -.9
     assert play(net, [(shown, 0)], **nothing) == [2]
+    # 3 max(0, H - 1) - .5 > -.847 however low the entropy
+    net = Disco(0.3, 3, ((0, 0, 1.0, 0, -1.0),), (3.0, -0.5))
+    assert play(net, [([{"top_prob": 0.4, "draft_prob": 0.2, "entropy": 0.2}] * 3, 0)], **nothing) == [3]
 
 
 # --- Lengths from past rounds
@@ -171,6 +174,8 @@ def test_hf_heuristic(name):
     assert play(name, lengths_only(5, 6, 6, 0, 0, 0, 0, 0, 0, 0, 1)) == [5, 7, 6, 8, 7, 6, 5, 4, 3, 2, 1]
     assert play(f"{name}:length=2", lengths_only(0, 0, 0, 1, 1)) == [2, 1, 1, 1, 3]
     assert parse(name).policy.persists == (name == "hf_heuristic")
+    # "accepted whole" is said of the candidates that there were, fewer than K for want of room
+    assert parse(name).policy.end_round(5.0, Outcome(3, 3)) == 7
 
 
 def test_diffuspec():
@@ -206,6 +211,11 @@ def test_sglang_ema_comes_back_from_no_drafting():
     assert play("sglang_ema:steps=0/1/3,warmup=0,interval=1", lengths_only(0, 0, 1, 1, 1)) == [1, 0, 1, 0, 1]
 
 
+def test_sglang_ema_does_not_go_down_and_up_at_once():
+    # from 5 with mean 4: 4 <= 3 - .5 + 2: down to 3, where 4 > 3 - .5 - 2 would lead up again
+    assert play("sglang_ema:steps=3/5,warmup=0,interval=1,up=-2,down=2", lengths_only(4, 0)) == [5, 3]
+
+
 def test_last_round():
     text = "last_round:lengths=1/2/4,first=3"
     assert play(text, lengths_only(0, 1, 1, 2, 9, 0)) == [3, 1, 2, 2, 4, 4]
@@ -225,7 +235,10 @@ def test_ralmspec_stride():
 
 def test_ralmspec_forgets_after_five_rounds():
     # after five rounds without a match gamma = 0: (1 - 0) * 1.2 < 1.4: 1
-    assert play(f"ralmspec:{OWN}", lengths_only(1, 0, 0, 0, 0, 0, 0))[-1] == 1
+    assert play("ralmspec:step=0.2,verify=1", lengths_only(1, 0, 0, 0, 0, 0, 0))[-1] == 1
+    # and not earlier: with one match in five gamma = .2: (1 - .04) * 2.2 = 2.112 >= .8 * 2.4 = 1.92: 2;
+    # (1 - .008) * 2.4 = 2.381 < .96 * 2.6 = 2.496; one in six would do too: .972 * 2.2 >= .833 * 2.4
+    assert play("ralmspec:step=0.2,verify=2", lengths_only(1, 0, 0, 0, 0, 0, 0))[-2:] == [2, 1]
 
 
 def test_ralmspec_times_are_those_of_its_rounds():
@@ -332,6 +345,17 @@ def test_hf_auto_weighs_a_lost_match_three_times():
     assert rule.end_round((0.4, none, tuple(matched), tuple(missed)), Outcome(0, 0))[0] == pytest.approx(0.2)
     # one kind only: as it was
     assert rule.end_round((0.4, none, tuple(matched), empty), Outcome(0, 0))[0] == pytest.approx(0.4)
+
+
+def test_hf_auto_does_not_remember_a_candidate_of_the_round_before():
+    rule = parse("hf_auto").policy
+    state = rule.init()
+    for k, prob in enumerate([math.nan, 0.95, 0.85]):
+        state, _ = rule.stop(state, Observation(k, draft_prob=prob))
+    assert state[1][:3] == (9.0, 8.0, -1.0)
+    # the world may end the next round after a candidate that the rule is not asked about
+    state, _ = rule.stop(state, Observation(0, draft_prob=math.nan))
+    assert set(state[1]) == {-1.0}
 
 
 def test_hf_auto_learns_from_what_was_tested_alone():

@@ -188,7 +188,8 @@ def everything(answer):
 
 def test_one_command_compares_every_rule_on_a_token_pair(tmp_path, capsys):
     path = tmp_path / "pair.json"
-    path.write_text(json.dumps(PROBLEM.to_dict()))
+    small = chains.random_pair(1, size=2)
+    path.write_text(json.dumps(StoppingProblem(TokenPair(small.draft, small.target), COST, 6).to_dict()))
     (answer,) = json_of(capsys, "simulate", path, "--policy", "all", "--rounds", 300)
     played, lacking = everything(answer)
     assert played | set(lacking) == {spec.text for spec in catalogue(6)}
@@ -225,16 +226,48 @@ def test_one_command_compares_every_rule_on_a_trace(trace, tmp_path, capsys):
     assert answer["scored_on"] == "test half"
     assert {entry["num_emitted"] for entry in answer["policies"]} == {30 * 150}
 
-    assert main(["replay", str(tmp_path / "trace"), "--policy", "all", "--cost", "0.2"]) == 0
-    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("specdecpp ")]
-    assert "n/a (needs head)" in row
-
 
 def test_without_rollouts_only_rules_that_look_at_nothing_are_left(trace):
     bare = replace(trace, rollout_offsets=None, rollout_drafts_end=None, rollout_features={})
     check_trace(bare, parse("hf_heuristic"))
     with pytest.raises(Lacking, match="needs entropy, along rollouts, and this trace has no rollouts"):
         check_trace(bare, parse("svip"))
+
+
+def test_policies_are_listed_with_what_they_read_and_where_their_defaults_are_from(capsys):
+    rows = {row["name"]: row for row in json_of(capsys, "policies")}
+    assert set(rows) == set(RULES)
+    keys = {"name", "usage", "does", "source", "evidence", "needs", "signals", "timed", "fits", "parameters"}
+    assert all(set(row) == keys for row in rows.values())
+    assert rows["adaedl"]["needs"] == ["entropy"] and rows["banditspec"]["timed"]
+    assert rows["hf_confidence"]["parameters"] == [
+        {"name": "threshold", "default": 0.4, "low": 0.0, "high": 1.0, "origin": "code"},
+        {"name": "most", "default": 20, "low": 0, "high": 1024, "origin": "code"},
+    ]
+    assert rows["rejection"]["signals"][0] == "token_accept_prob" and rows["svip"]["signals"] == []
+    assert main(["policies"]) == 0
+    text = capsys.readouterr().out
+    assert "defaults that no source gives" in text and "bild: threshold" in text and "token_accept_prob" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["decode", "--policy", "disco:fit=1"], "policy 'disco:fit=1': fit=1 is fitted to a trace; give --trace"),
+        (["decode", "--policy", "all"], "policy 'all': stands for all rules in evaluate, simulate and replay only"),
+    ],
+)
+def test_what_a_live_run_refuses(capsys, argv, message):
+    assert main([*argv, "--target", "tiny", "--draft", "tiny", "--prompt", "x"]) == 2
+    assert capsys.readouterr() == ("", f"specstop: error: {message}\n")
+
+
+def test_a_problem_has_no_training_half(tmp_path, capsys):
+    path = tmp_path / "pair.json"
+    path.write_text(json.dumps(PROBLEM.to_dict()))
+    for verb in ("simulate", "evaluate"):
+        assert main([verb, str(path), "--policy", "disco:fit=1"]) == 2
+        assert "fit=1 is for traces; a problem has no training half" in capsys.readouterr().err
 
 
 # --- Heads on a trace
