@@ -225,7 +225,7 @@ def decode(args: Namespace) -> int:
     (prompt,) = tokenise([("--prompt", {"prompt": args.prompt})], pair)
     # the true acceptance probability is known only where the target scores what was drafted
     score = args.score or signal == "token_accept_prob"
-    run = decode(pair, prompt, spec.policy, **sampling, estimator=estimator, score=score)
+    run = decode(pair, prompt, spec, **sampling, estimator=estimator, score=score)
     tally = run.tally
     result = {
         "policy": spec.text,

@@ -37,6 +37,9 @@ def test_a_threshold_by_hand():
     # at .6: no false alarm, one match of two lost: 1.5; at .4: one of two: .5; at .2: both: 1
     prob, accepted = np.array([0.2, 0.4, 0.6, 0.5]), np.array([False, True, True, False])
     assert roc_threshold(prob, accepted, 0.5) == 0.4
+    # at .2: the only false alarm, 1; at .5: one match of three lost, 1 too: the greater one
+    prob, accepted = np.array([0.2, 0.3, 0.5, 0.6]), np.array([True, False, True, True])
+    assert roc_threshold(prob, accepted, 0.4) == 0.5
 
 
 def request(flags, **features):
