@@ -85,9 +85,10 @@ def label(policy: Policy) -> str:
     return f"{type(policy).__name__}({values})"
 
 
-def catalogue(fits: bool = False) -> list[PolicySpec]:
+def catalogue(max_candidates: int, fits: bool = False) -> list[PolicySpec]:
     """One spec for every rule there is, to be compared; with `fits`, fitted ones beside those that can be fitted."""
     texts = [rule.example for rule in RULES.values()]
+    texts[0] = f"fixed:{min(4, max_candidates)}"
     return [parse(text) for text in texts + [f"{name}:fit=1" for name, rule in RULES.items() if rule.fits and fits]]
 
 

@@ -35,7 +35,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -364,6 +364,9 @@ def _number(text: str, value: str, kind: type, low: float, high: float, what: st
     return number
 
 
+T = TypeVar("T", bound=Policy)
+
+
 class Rule(NamedTuple):
     """How a rule is written and where it comes from; `parameters` maps the keys it takes to their defaults.
 
@@ -424,7 +427,8 @@ RULES = {
     ),
     "oracle": Rule(
         "oracle", lambda text: Oracle(), 0, 0, False,
-        "draft exactly what will be accepted: a bracket, not a policy anyone can run", SPECDEC, "note", "oracle", Oracle,
+        "draft exactly what will be accepted: a bracket, not a policy anyone can run", SPECDEC, "note", "oracle",
+        Oracle,
     ),
 }  # fmt: skip
 """Every rule a policy string can name."""
@@ -438,21 +442,22 @@ def parameter(default: Any, low: float, high: float, origin: str) -> Any:
     return field(default=default, metadata={"low": low, "high": high, "origin": origin})
 
 
-def published(name: str, does: str, source: str, evidence: str, fits: bool = False) -> Callable[[type], type]:
+def published(
+    name: str, does: str, source: str | None = None, evidence: str | None = None, fits: bool = False
+) -> Callable[[type[T]], type[T]]:
     """Enter a dataclass of `parameter` fields into `RULES`; its keys are written `name:key=value,key=value`."""
 
-    def enter(cls: type) -> type:
-        known_fields = {f.name: f for f in fields(cls) if f.metadata}
-        defaults = {key: f.default for key, f in known_fields.items()}
+    def enter(cls: type[T]) -> type[T]:
+        keys = {f.name: f for f in fields(cls) if f.metadata}  # type: ignore[arg-type]
+        defaults = {key: f.default for key, f in keys.items()}
 
         def build(text: str, **given: str) -> Policy:
-            return cls(**{key: _value(text, known_fields[key], value) for key, value in given.items()})
+            return cls(**{key: _value(text, keys[key], value) for key, value in given.items()})
 
         signal = bool({"survival", "next_accept_prob", "regime"}.intersection(cls.needs))
-        keys = (
-            [f"{key}={write(value)}" for key, value in defaults.items()] + ["fit=0"] * fits + ["signal=NAME"] * signal
-        )
-        usage = f"{name}[:{','.join(keys)}]" if keys else name
+        options = [f"{key}={write(value)}" for key, value in defaults.items()]
+        options += ["fit=0"] * fits + ["signal=NAME"] * signal
+        usage = f"{name}[:{','.join(options)}]" if options else name
         RULES[name] = Rule(usage, build, 0, 0, signal, does, source, evidence, name, cls, defaults, fits)
         return cls
 

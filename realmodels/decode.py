@@ -58,6 +58,7 @@ class Decoded:
         rounds: the counts of each round, in order.
         draft_time, verify_time: seconds spent in draft steps and in target passes.
         time: seconds of the whole loop.
+        state: the rule's, at the end.
     """
 
     tokens: list[int]
@@ -65,6 +66,7 @@ class Decoded:
     draft_time: float
     verify_time: float
     time: float
+    state: Any = ()
 
     @property
     def tally(self) -> Tally:
@@ -83,11 +85,16 @@ def total(runs: Sequence[Decoded]) -> Tally:
 def decode_all(
     pair: ModelPair, prompts: Sequence[Sequence[int]], policy: str | Policy | PolicySpec, **options: Any
 ) -> list[Decoded]:
-    """`decode` each prompt, with its own draws even where prompts are equal."""
-    return [
-        decode(pair, prompt, policy, request=request, **options)
-        for prompt, request in zip(prompts, request_ids(prompts), strict=True)
-    ]
+    """`decode` each prompt, with its own draws even where prompts are equal.
+
+    The state of a rule that persists goes from one prompt to the next.
+    """
+    (spec,) = entrants.read([policy])
+    runs: list[Decoded] = []
+    for prompt, request in zip(prompts, request_ids(prompts), strict=True):
+        state = runs[-1].state if runs and spec.policy is not None and spec.policy.persists else None
+        runs.append(decode(pair, prompt, spec, request=request, state=state, **options))
+    return runs
 
 
 def decode(
@@ -103,6 +110,7 @@ def decode(
     estimator: Any = None,
     score: bool = False,
     request: str | None = None,
+    state: Any = None,
 ) -> Decoded:
     """Continue `prompt` by speculative decoding under `policy`.
 
@@ -111,6 +119,7 @@ def decode(
         estimator: gives the rule its observation; None shows the features, and with `score` survival from them.
         score: run the target on every drafted token, for rules that read `token_accept_prob`.
         request: address of the draws (`realmodels.streams`); None names it after the prompt.
+        state: the rule's, at the start; None is its own first one.
 
     Raises:
         ValueError: one line, if a setting is out of range or the rule needs what a live run does not show.
@@ -122,10 +131,12 @@ def decode(
     sight = _Sight(estimator, (*_LIVE, *_SCORED) if score else _LIVE)
     rule = sight.admit(entrants.read([policy])[0], max_candidates)
     run = _Run(pair, sampling, list(prompt), stream(seed, request or request_id(prompt), "live"), score)
-    state, rounds, emitted = rule.init(), [], 0
+    rounds, emitted = [], 0
+    state = rule.init() if state is None else state
     start = time.perf_counter()
     while emitted < max_new_tokens:
         sight.restart()
+        spent = run.draft_time, run.verify_time
         most, drafted = min(max_candidates, max_new_tokens - emitted - 1), []
         while len(drafted) < most and not (drafted and drafted[-1] in pair.end_token_ids):
             state, stop = rule.stop(state, sight.observation(len(drafted)))
@@ -135,13 +146,14 @@ def decode(
             drafted.append(token)
             sight.update(features)
         num_accepted, tokens = run.verify()
-        state = rule.end_round(state, Outcome(len(drafted), num_accepted))
+        took = run.draft_time - spent[0], run.verify_time - spent[1]
+        state = rule.end_round(state, Outcome(len(drafted), num_accepted, *took))
         emitted += len(tokens)
         rounds.append(Round(len(drafted), num_accepted, len(tokens), num_accepted + 1 - len(tokens)))
         if tokens[-1] in pair.end_token_ids:
             break
     seconds = time.perf_counter() - start
-    return Decoded(run.path[len(prompt) :], rounds, run.draft_time, run.verify_time, seconds)
+    return Decoded(run.path[len(prompt) :], rounds, run.draft_time, run.verify_time, seconds, state)
 
 
 class _Sight:
@@ -169,6 +181,8 @@ class _Sight:
         """The rule of `spec` at this depth, refused if it or the estimator reads what is not there."""
         if spec.policy is None:
             raise ValueError(f"policy {spec.text!r}: not solved; give the table of a solution, optimal:FILE")
+        if spec.fit:
+            raise ValueError(f"policy {spec.text!r}: not fitted; give the rule that simulate.replay.fitted makes of it")
         signal = getattr(self.estimator, "signal", None)
         if signal is not None and signal not in self.features:
             lacking = [signal]
@@ -179,7 +193,7 @@ class _Sight:
             ways = dict.fromkeys(_SCORED, "score=True does")
             ways |= dict.fromkeys(("survival", "next_accept_prob", "regime"), "an estimator does")
             hint = f" ({ways[lacking[0]]})" if lacking[0] in ways else ""
-            raise ValueError(f"policy {spec.text!r} needs {lacking[0]}, which this live run does not show{hint}")
+            raise entrants.Lacking(spec.text, lacking[0], f"which this live run does not show{hint}")
         chain = getattr(self.estimator, "transition", None)
         return entrants.fit_depth(spec.text, spec.policy, max_candidates, 1 if chain is None else len(chain))
 

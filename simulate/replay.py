@@ -24,16 +24,19 @@ from jaxtyping import Float, Int
 
 from mdp import entrants
 from mdp.cost import Cost, Table
+from mdp.entrants import Lacking
 from mdp.fit import PERFECT, SignalModel, SignalState, fit_signal, position_signal, split_requests
+from mdp.fit_rules import fit_rule
 from mdp.metrics import Tally
 from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.trace import FEATURES, Trace
 from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
 
-__all__ = ["RoundLog", "replay", "replay_rounds"]
+__all__ = ["RoundLog", "check", "fitted", "replay", "replay_rounds"]
 
 SIGNAL_FIELDS = frozenset({"survival", "next_accept_prob", "regime"})
 CHAIN_FIELDS = frozenset({"next_accept_prob", "regime"})
+TIME_FIELDS = frozenset({"verify_time", "step_time"})
 RAW_FIELDS = frozenset(Observation._fields) & {*FEATURES, "head"}
 
 
@@ -82,8 +85,19 @@ class _Contender:
     signal: str | None
 
     @property
-    def fitted(self) -> bool:
+    def models(self) -> bool:
+        """Whether a signal model is fitted for it."""
         return self.signal is not None and (self.signal != PERFECT or bool(self.needs & CHAIN_FIELDS))
+
+    @property
+    def fitted(self) -> bool:
+        return self.models or self.spec.fit
+
+    @property
+    def priced(self) -> bool:
+        """Whether its decisions depend on times."""
+        policy = self.spec.policy
+        return policy is None or self.spec.fit or policy.timed or bool(self.needs & TIME_FIELDS)
 
 
 def replay(
@@ -109,12 +123,13 @@ def replay(
     split = any(contender.fitted for contender in contenders)
     if split:
         train, requests = split_requests(trace)
-        models |= {c.signal: fit_signal(trace, c.signal, train) for c in contenders if c.fitted and c.signal}
+        models |= {c.signal: fit_signal(trace, c.signal, train) for c in contenders if c.models and c.signal}
     ready = [(c, _rule(trace, c, models[c.signal], cost)) for c in contenders]
+    times = _Times.of(cost, trace.max_candidates)
     results = tuple(
         PolicyResult(
             contender.spec.text,
-            _walk(trace, rule, contender.needs, models[contender.signal], requests).tally(
+            _walk(trace, rule, contender.needs, models[contender.signal], requests, times).tally(
                 cost.round_times(trace.max_candidates), requests
             ),
             plain_time=float(verify_time[0]),
@@ -146,7 +161,7 @@ def replay_rounds(
     Args:
         trace: a recorded pair.
         policy: as in `replay`.
-        cost: the times that a bare `optimal` is solved for; None takes the measured ones.
+        cost: the times that a bare `optimal` is solved for, and that rules are told; None takes the measured ones.
         model: the signal's model, so that replay and live run read it alike; None fits it on the training half.
         requests: indices of the requests to play; None plays all of them.
 
@@ -156,16 +171,30 @@ def replay_rounds(
     spec = entrants.read([policy])[0]
     contender = _contender(trace, spec if model is None else replace(spec, signal=model.signal))
     if model is None and contender.signal is not None:
-        fitted = contender.fitted
-        model = fit_signal(trace, contender.signal, split_requests(trace)[0]) if fitted else SignalModel()
+        fits = contender.models
+        model = fit_signal(trace, contender.signal, split_requests(trace)[0]) if fits else SignalModel()
     elif contender.signal is None:
         model = None
     elif contender.needs & CHAIN_FIELDS and model is not None and model.transition is None:
         raise ValueError(f"policy {spec.text!r} looks ahead, and the signal model given has no chain")
-    if contender.spec.solves and cost is None:
+    if cost is None and contender.priced:
         cost = _measured(trace)
     chosen = np.arange(trace.num_requests) if requests is None else np.unique(np.asarray(requests, dtype=np.int64))
-    return _walk(trace, _rule(trace, contender, model, cost), contender.needs, model, chosen)
+    times = None if cost is None else _Times.of(cost, trace.max_candidates)
+    return _walk(trace, _rule(trace, contender, model, cost), contender.needs, model, chosen, times)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """A cost as the walk reads it: V(0..K) and T(0..K)."""
+
+    draft: float
+    verify: np.ndarray
+    round: np.ndarray
+
+    @classmethod
+    def of(cls, cost: Cost, depth: int) -> "_Times":
+        return cls(float(cost.draft_time), cost.verify_times(depth), cost.round_times(depth))
 
 
 def _measured(trace: Trace) -> Cost:
@@ -185,13 +214,34 @@ def _contender(trace: Trace, spec: PolicySpec) -> _Contender:
     for name in sorted(read):
         for rollout in (False, True):
             if rollout and trace.rollout_offsets is None:
-                raise ValueError(f"policy {spec.text!r} looks at drafted candidates, and this trace has no rollouts")
+                raise Lacking(spec.text, name, "along rollouts, and this trace has no rollouts")
             try:
                 position_signal(trace, name, rollout)
             except ValueError:
                 where = " along its rollouts" if rollout else ""
-                raise ValueError(f"policy {spec.text!r} needs {name}, which this trace does not hold{where}") from None
+                raise Lacking(spec.text, name, f"which this trace does not hold{where}") from None
     return _Contender(spec, wanted, signal)
+
+
+def check(trace: Trace, spec: PolicySpec) -> None:
+    """Whether the trace shows all that a rule reads.
+
+    Raises:
+        Lacking: if not.
+    """
+    _contender(trace, spec)
+
+
+def fitted(trace: Trace, spec: PolicySpec, *, cost: Cost | None = None) -> Policy:
+    """The rule of a spec with `fit`, fitted to the training half of the trace as `replay` does it.
+
+    `cost`: the times under which it is to be good; None takes the measured ones.
+
+    Raises:
+        ValueError: as `replay`.
+    """
+    contender = _contender(trace, spec)
+    return _rule(trace, contender, None, _measured(trace) if cost is None else cost)
 
 
 def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: Cost | None) -> Policy:
@@ -199,6 +249,15 @@ def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: 
     spec, depth = contender.spec, trace.max_candidates
     if spec.policy is not None:
         chain = None if model is None else model.transition
+        if spec.fit:
+            assert cost is not None
+            train, times = split_requests(trace)[0], _Times.of(cost, depth)
+
+            def throughput(rule: Policy) -> float:
+                log = _walk(trace, rule, contender.needs, model, train, times)
+                return float(log.num_emitted.sum() / times.round[log.num_drafted].sum())
+
+            return fit_rule(trace, spec.policy, train, throughput)
         if isinstance(spec.policy, ThresholdTable) and "regime" in contender.needs and spec.text.startswith("optimal:"):
             raise ValueError(f"policy {spec.text!r}: a saved table must have one column to be replayed on a trace")
         return entrants.fit_depth(spec.text, spec.policy, depth, 1 if chain is None else len(chain))
@@ -210,25 +269,51 @@ def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: 
 
 
 def _walk(
-    trace: Trace, rule: Policy, needs: frozenset[str], model: SignalModel | None, requests: Int[np.ndarray, " r"]
+    trace: Trace,
+    rule: Policy,
+    needs: frozenset[str],
+    model: SignalModel | None,
+    requests: Int[np.ndarray, " r"],
+    times: "_Times | None",
 ) -> RoundLog:
-    """Play all rounds. Arrays have one entry per request that still has text to emit.
-
-    Positions and rollout steps are laid end to end as *nodes*, so the candidate behind node i is node i + 1, except
-    behind a failed position, where it is the rollout's first step.
-    """
+    """Play all rounds of the requests, in their order if the rule's state goes from one to the next."""
     names = (needs & RAW_FIELDS) | ({model.signal} if model else set())
     nodes = _Nodes.of(trace, names)
+    state, log = rule.init(), []
+    for batch in requests[:, None] if rule.persists else [requests]:
+        rows, state = _play(trace, rule, model, nodes, batch, times, state)
+        log.extend(rows)
+    columns = [np.concatenate(column) for column in zip(*log, strict=True)]
+    order = np.lexsort((columns[1], columns[0]))
+    return RoundLog(*(column[order] for column in columns))
+
+
+def _play(
+    trace: Trace,
+    rule: Policy,
+    model: SignalModel | None,
+    nodes: "_Nodes",
+    requests: Int[np.ndarray, " r"],
+    times: "_Times | None",
+    start: Any,
+) -> tuple[list, Any]:
+    """The rounds of requests side by side, from one state; and the state at the end, if there is one request.
+
+    Arrays have one entry per request that still has text to emit. Positions and rollout steps are laid end to end as
+    *nodes*, so the candidate behind node i is node i + 1, except behind a failed position, where it is the rollout's
+    first step.
+    """
     base = trace.offsets[requests]
     length = np.diff(trace.offsets)[requests]
     limit = np.asarray(trace.limit, dtype=np.int64)[requests]
     cursor = np.zeros(len(requests), dtype=np.int64)
-    state = _map(lambda leaf: np.repeat(np.asarray(leaf)[..., None], len(requests), axis=-1), rule.init())
-    log = []
+    state = _map(lambda leaf: np.repeat(np.asarray(leaf)[..., None], len(requests), axis=-1), start)
+    log, last = [], state
     while len(requests):
         cap = np.minimum(trace.max_candidates, limit - cursor - 1)
-        state, drafted, accepted, ended = _draft(rule, state, model, nodes, base + cursor, cap)
-        state = rule.end_round(state, Outcome(drafted, accepted))
+        state, drafted, accepted, ended = _draft(rule, state, model, nodes, base + cursor, cap, times)
+        took = () if times is None else (drafted * times.draft, times.verify[drafted])
+        state = last = rule.end_round(state, Outcome(drafted, accepted, *took))
         cut = ((accepted == drafted) & ended).astype(np.int64)
         emitted = accepted + 1 - cut
         log.append((requests, cursor, drafted, accepted, emitted, cut))
@@ -237,12 +322,11 @@ def _walk(
         if not on.all():
             base, length, limit, cursor, requests = base[on], length[on], limit[on], cursor[on], requests[on]
             state = _map(lambda leaf, on=on: np.broadcast_to(leaf, (*np.shape(leaf)[:-1], len(on)))[..., on], state)
-    columns = [np.concatenate(column) for column in zip(*log, strict=True)]
-    order = np.lexsort((columns[1], columns[0]))
-    return RoundLog(*(column[order] for column in columns))
+    return log, _map(lambda leaf: np.atleast_1d(leaf)[..., 0], last) if len(on) == 1 else None
 
 
-def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes", node: np.ndarray, cap: np.ndarray):
+def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes", node: np.ndarray, cap: np.ndarray,
+           times: "_Times | None"):  # fmt: skip
     """One round: ask, draft, ask. Returns the rule's state, counts, and whether end-of-text was drafted last."""
     size = len(node)
     drafting, failed, ended = cap > 0, np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
@@ -255,6 +339,9 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes",
         seen = Observation(num, **features) if model is None else model.observation(signal, num, features)  # type: ignore[arg-type]
         if "next_accepted" in rule.needs:  # clairvoyance is shown to those only who say that they use it
             seen = seen._replace(next_accepted=next_accepted)
+        if times is not None:
+            step_time = times.round[num + 1] - times.round[num]
+            seen = seen._replace(verify_time=times.verify[num], step_time=step_time)
         asked, stop = rule.stop(state, seen)
         state = _map(lambda new, old, asking=drafting: np.where(asking, new, old), asked, state)
         drafting = drafting & ~np.broadcast_to(np.asarray(stop, dtype=bool), size)

@@ -96,7 +96,7 @@ def build_parser() -> Parser:
     def policies(out: Parser) -> None:
         out.add_argument(
             "--policy", metavar="P", nargs="+", action="extend", required=True, dest="policies",
-            help="stopping rules; see `specstop policies`",
+            help="stopping rules, see `specstop policies`; all: every one of them",
         )  # fmt: skip
 
     def precision(out: Parser) -> None:

@@ -5,17 +5,20 @@ Everything here raises ValueError with one line that names the fault.
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mdp import policy as rules
 from mdp.acceptance import Observed
 from mdp.cost import Affine, Cost
-from mdp.entrants import check_symbols, fit_depth
+from mdp.entrants import Lacking, catalogue, check_symbols, fit_depth
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, cost_from_dict, load, parse_json, read_text
 
-__all__ = ["check_depth", "declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names"]
+__all__ = [
+    "ALL", "able", "check_depth", "declared_cost", "describe_rules", "read_policies", "read_problems", "rule_names",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -24,32 +27,38 @@ _NUMBER = re.compile(
     r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[-+]?[0-9]+)?|[-+]?(nan|inf|infinity)", re.IGNORECASE | re.ASCII
 )
 
-# What a rule does, in words a terminal can show; `mdp.policy` holds the rules and how to write them.
-DOES = {
-    "fixed": "draft exactly K candidates",
-    "rejection": "stop iff 1 - S_k > h, S_k = probability that all k are accepted",
-    "lookahead": "stop iff 1 - S_k * a > h, a = acceptance probability of the next candidate",
-    "optimal": "the table `solve` gives for this problem, on a trace for a chain fitted to half of it; or a saved one",
-    "oracle": "draft exactly what will be accepted: a bracket, not a policy anyone can run",
-}
-SOURCES = {
-    "fixed": "Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318",
-    "rejection": "SpecDec++, arXiv 2405.19715",
-    "oracle": "SpecDec++, arXiv 2405.19715",
-}
+ALL = "all"
+"""In place of a policy: every rule there is, those that cannot run here shown as such."""
 
 
 def rule_names() -> tuple[str, ...]:
-    """The names a policy string may start with."""
-    return tuple(rules.RULES)
+    """The names a policy string may start with, and the one that stands for all."""
+    return (*rules.RULES, ALL)
 
 
-def describe_rules() -> list[dict[str, str | None]]:
-    """How to write each stopping rule, what it does and where it was published."""
+def describe_rules() -> list[dict[str, Any]]:
+    """How to write each stopping rule, what it does, what it reads and where it was published."""
     return [
-        {"name": name, "usage": rule.usage, "does": DOES.get(name, ""), "source": SOURCES.get(name)}
+        {
+            "name": name,
+            "usage": rule.usage,
+            "does": rule.does,
+            "source": rule.source,
+            "evidence": rule.evidence,
+            "needs": list(rule.cls.needs) if rule.cls else [],
+            "signals": list(rules.SIGNALS) if rule.takes_signal else [],
+            "timed": bool(rule.cls and rule.cls.timed),
+            "fits": rule.fits,
+            "parameters": _parameters(rule),
+        }
         for name, rule in rules.RULES.items()
-    ]  # fmt: skip
+    ]
+
+
+def _parameters(rule: rules.Rule) -> list[dict[str, Any]]:
+    """Name, default, range and the default's origin of each parameter."""
+    known = {} if rule.cls is None else {f.name: f.metadata for f in fields(rule.cls)}  # type: ignore[arg-type]
+    return [{"name": key, "default": value, **known[key]} for key, value in rule.parameters.items()]
 
 
 def read_problems(paths: Sequence[str]) -> list[StoppingProblem]:
@@ -57,16 +66,54 @@ def read_problems(paths: Sequence[str]) -> list[StoppingProblem]:
     return [load(path) for path in paths]
 
 
-def read_policies(texts: Sequence[str], problem: StoppingProblem | None = None) -> list[PolicySpec]:
-    """All policies or none; with a problem, those it cannot hold are refused too."""
-    specs = [rules.parse(text) for text in texts]
+def read_policies(
+    texts: Sequence[str], problem: StoppingProblem | None = None, *, max_candidates: int | None = None
+) -> list[PolicySpec]:
+    """All policies or none; with a problem, those it cannot hold are refused too.
+
+    `all` is every rule there is; beside `max_candidates`, that of a trace, the fitted ones too.
+    """
+    depth = max_candidates if problem is None else problem.max_candidates
+    specs = []
+    for text in texts:
+        if text != ALL:
+            specs.append(rules.parse(text))
+        elif depth is None:
+            raise ValueError(f"policy {ALL!r}: stands for all rules in evaluate, simulate and replay only")
+        else:
+            specs += catalogue(depth, fits=problem is None)
     if problem is not None:
         for spec in specs:
             _check_fits(spec, problem)
     return specs
 
 
+def able(
+    texts: Sequence[str], specs: Sequence[PolicySpec], check: Callable[[PolicySpec], Any]
+) -> tuple[list[PolicySpec], list[dict[str, str]]]:
+    """Specs that pass the check, and those that do not with the reason, if `all` was asked for; else it is not run.
+
+    Raises:
+        ValueError: if none passes.
+    """
+    if ALL not in texts:
+        return list(specs), []
+    good, bad = [], []
+    for spec in specs:
+        try:
+            check(spec)
+        except Lacking as error:
+            bad.append({"policy": spec.text, "why": f"needs {error.field}"})
+        else:
+            good.append(spec)
+    if not good:
+        raise ValueError(f"policy {ALL!r}: no rule can run here, {bad[0]['policy']} {bad[0]['why']}")
+    return good, bad
+
+
 def _check_fits(spec: PolicySpec, problem: StoppingProblem) -> None:
+    if spec.fit:
+        raise ValueError(f"policy {spec.text!r}: fit=1 is for traces; a problem has no training half")
     if spec.signal is not None:
         raise ValueError(f"policy {spec.text!r}: signal={spec.signal} is for traces; a problem shows its survival")
     if spec.policy is not None:

@@ -103,12 +103,26 @@ def evaluate(args: Namespace) -> int:
 
     from mdp.evaluate import check_exact, evaluate
 
-    for spec in specs:
+    every = inputs.ALL in args.policies
+    for spec in [] if every else specs:
         check_exact(problem, spec)
     solution = _solve(problem, args)
-    results = [evaluate(problem, spec, solution=solution).to_dict() for spec in specs]
-    _print_policies(results, args.json)
+    results, refused = [], []
+    for spec in specs:
+        try:
+            results.append(evaluate(problem, spec, solution=solution).to_dict())
+        except ValueError as error:
+            if not every:
+                raise
+            why = str(error).removeprefix(f"policy {spec.text!r}").lstrip(": ")
+            refused.append({"policy": spec.text, "why": why})
+    _print_policies([*results, *(refused if args.json else _not_applicable(refused))], args.json)
     return _code(solution)
+
+
+def _not_applicable(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows of the table for rules that cannot run here."""
+    return [{"policy": row["policy"], "throughput": f"n/a ({row['why']})"} for row in rows]
 
 
 def _print_policies(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
@@ -132,13 +146,15 @@ def simulate(args: Namespace) -> int:
     """Monte Carlo of policies that meet the same coins."""
     (problem,) = inputs.read_problems([args.problem])
     specs = inputs.read_policies(args.policies, problem)
-    solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
 
-    from simulate.rounds import simulate
+    from simulate.rounds import check, simulate
+
+    specs, lacking = inputs.able(args.policies, specs, lambda spec: check(problem, spec))
+    solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
 
     solved = [replace(spec, policy=spec.policy or solution.policy) for spec in specs]  # type: ignore[union-attr]
     result = simulate(problem, solved, rounds=args.rounds, key=args.seed)
-    _print_comparison(result.to_dict(), args)
+    _print_comparison(result.to_dict(), lacking, args)
     return _code(solution)
 
 
@@ -157,26 +173,29 @@ def sweep(args: Namespace) -> int:
 
 def replay(args: Namespace) -> int:
     """Policies on a recorded trace."""
-    specs = inputs.read_policies(args.policies)
+    if inputs.ALL not in args.policies:
+        inputs.read_policies(args.policies)
     cost = None if args.cost is None else inputs.declared_cost(args.cost)
 
-    from simulate.replay import replay
+    from simulate.replay import check, replay
 
     trace = _load_trace(args.trace)
+    specs = inputs.read_policies(args.policies, max_candidates=trace.max_candidates)
+    specs, lacking = inputs.able(args.policies, specs, lambda spec: check(trace, spec))
     if cost is not None:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     result = replay(trace, specs, cost=cost, level=args.level)
-    _print_comparison(result.to_dict(), args)
+    _print_comparison(result.to_dict(), lacking, args)
     return DONE
 
 
-def _print_comparison(result: Mapping[str, Any], args: Namespace) -> None:
+def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str]], args: Namespace) -> None:
     if args.json:
-        emit(json_line(result))
+        emit(json_line(result | {"not_applicable": lacking} if lacking else result))
         return
     rows, differences = result["policies"], result["differences"]
     about = {key: value for key, value in result.items() if value is not None and not isinstance(value, list)}
-    parts = [key_values(about), _policy_table(rows)]
+    parts = [key_values(about), _policy_table([*rows, *_not_applicable(lacking)])]
     if differences:
         parts.append(table(differences))
     if any(row.get("signal") == SIGNALS[0] for row in rows):
@@ -228,6 +247,12 @@ def decode(args: Namespace) -> int:
     signal = _live_signal(spec, args.trace)
     trace = None if args.trace is None else _load_trace(args.trace)
     estimator = None if trace is None or signal is None else _estimator(trace, signal)
+    if spec.fit:
+        if trace is None:
+            raise ValueError(f"policy {spec.text!r}: fit=1 is fitted to a trace; give --trace")
+        from simulate.replay import fitted
+
+        spec = replace(spec, policy=fitted(trace, spec), fit=False)
 
     from realmodels.decode import decode
     from realmodels.pair import load_pair
@@ -242,7 +267,7 @@ def decode(args: Namespace) -> int:
     (prompt,) = tokenise([("--prompt", {"prompt": args.prompt})], pair)
     # the true acceptance probability is known only where the target scores what was drafted
     score = args.score or signal == "token_accept_prob"
-    run = decode(pair, prompt, spec.policy, **sampling, estimator=estimator, score=score)
+    run = decode(pair, prompt, spec, **sampling, estimator=estimator, score=score)
     tally = run.tally
     result = {
         "policy": spec.text,
@@ -325,6 +350,20 @@ def policies(args: Namespace) -> int:
     if args.json:
         for row in rows:
             emit(json_line(row))
-    else:
-        emit(table(rows))
+        return DONE
+    about = [
+        {**row, "needs": ", ".join([*row["needs"], *["times"] * row["timed"]]) or "-", "read in": row["evidence"]}
+        for row in rows
+    ]
+    ours = [
+        f"{row['name']}: {', '.join(p['name'] for p in row['parameters'] if p['origin'] == 'ours')}"
+        for row in rows
+        if any(p["origin"] == "ours" for p in row["parameters"])
+    ]
+    emit(
+        f"{table(about, ['usage', 'needs', 'does', 'source', 'read in'])}\n\n"
+        f"signals on a trace: {', '.join(SIGNALS)}; the first is a perfect head and the default\n"
+        "fit=1: parameters fitted to the training half of a trace; in place of a policy, all: every rule\n"
+        f"defaults that no source gives: {'; '.join(ours)}"
+    )
     return DONE

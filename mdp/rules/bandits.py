@@ -61,8 +61,8 @@ class BanditSpec(Policy):
 
     The bound is $\bar r_i + \sqrt{w \ln t / n_i}$ with w = `width`. `released=1` divides by all pulls in place of
     $n_i$, as the released code does: the bonus is then the same for every arm and the choice plain greedy on the mean.
-    Defaults [code]: lengths 1..4, warm-up 7, width 6. UCB1 proper has width 2 and rewards in [0, 1]; these are in tokens
-    per unit of time, so the weight of exploring depends on the unit.
+    Defaults [code]: lengths 1..4, warm-up 7, width 6. UCB1 proper has width 2 and rewards in [0, 1]; these are in
+    tokens per unit of time, so the weight of exploring depends on the unit.
     """
 
     lengths: tuple[int, ...] = parameter((1, 2, 3, 4), 0, 1024, "code")
@@ -98,11 +98,11 @@ class BanditSpec(Policy):
 class TapOut(Policy):
     r"""UCB1 over stopping rules: each round is drafted under one arm, and all arms keep to `most`.
 
-    Arms: max q < `confidence`; $\sqrt{.15 H} > $ `svip`; $1 - \sqrt{.2 H} < $ `adaedl`; $\sqrt{H_k} - \sqrt{H_{k-1}} > $
-    `difference`. The fifth arm of the source, the margin between the two greatest logits, is left out: no world shows
-    it. Reward: `mix` $\cdot\, m / $ `most` $+ (1 - $ `mix`$)\, m / n$ for m of n accepted; UCB1 with w = 2, every arm
-    once first. [note] for the arms, UCB1 per sequence and that the reward is such a mixture. The figures are ours, but for those of
-    SVIP and the .2 of AdaEDL, which are those rules' own.
+    Arms: max q < `confidence`; $\sqrt{.15 H} > $ `svip`; $1 - \sqrt{.2 H} < $ `adaedl`;
+    $\sqrt{H_k} - \sqrt{H_{k-1}} > $ `difference`. The fifth arm of the source, the margin between the two greatest
+    logits, is left out: no world shows it. Reward: `mix` $\cdot\, m / $ `most` $+ (1 - $ `mix`$)\, m / n$ for m of n
+    accepted; UCB1 with w = 2, every arm once first. [note] for the arms, for UCB1 per sequence and for the reward being
+    such a mixture. The figures are ours, but for those of SVIP and the .2 of AdaEDL, which are those rules' own.
     """
 
     confidence: float = parameter(0.6, 0.0, 1.0, "ours")

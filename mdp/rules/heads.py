@@ -20,8 +20,8 @@ class SpecDecPP(Policy):
 
     As released [code]: the comparison is strict; the product runs to candidate k - 1 (`lag=1`), because the hidden
     state that the head reads while candidate k is drafted is that of candidate k - 1, so candidate k is submitted
-    unscored; and outputs are used as they are. `lag=0` scores every candidate, `strict=0` stops at equality (the paper's
-    text), `weight=w` first undoes the inflation of a head trained with weight w on rejections: 1 leaves it as it is.
+    unscored; and outputs are used as they are. `lag=0` scores every candidate, `strict=0` stops at equality (the
+    paper's text), `weight=w` first undoes the inflation of a head trained with weight w on rejections (1: none).
     Defaults [code: sample.py]: threshold .7, bounds 2 and 20.
     """
 
@@ -57,8 +57,8 @@ class SpecDecPP(Policy):
 class SpecDecPPIdeal(SpecDecPP):
     r"""`SpecDecPP` with the best head there can be: it reports $a / (a + w (1 - a))$, w = `inflation`.
 
-    What the rule itself loses where the head is not at fault. Default of `inflation` [note]: 6, the weight of the shared
-    configuration; `weight=6` undoes it.
+    What the rule itself loses where the head is not at fault. Default of `inflation` [note]: 6, the weight of the
+    shared configuration; `weight=6` undoes it.
     """
 
     inflation: float = parameter(6.0, 1e-6, 1e6, "note")
@@ -82,7 +82,8 @@ class Disco(Policy):
     Features x are max q, q(v), the entropy and the candidate's place in the round; the paper has the ten greatest q in
     place of the first two, which worlds here do not show. $f(x) = b + \sum_j v_j \max(0, u_j \cdot (x, 1))$: `inner`
     holds the $u_j$, `outer` the $v_j$ and b. `fit=1` trains it on the training half of a trace with cross-entropy on
-    accept and reject, as the paper does; not fitted, f = max q - 1/2, which is no published network.
+    accept and reject, as the paper does, and tunes the threshold; not fitted, f = max q - 1/2, which is no published
+    network.
 
     The threshold's default is ours (the paper tunes it on a validation set), as is `most` (the paper's is a setting).
     """

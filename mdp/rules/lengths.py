@@ -143,8 +143,7 @@ class SGLangEMA(Policy):
         return choose(due, new, length), mean, rounds
 
 
-@published("last_round", "length by how many candidates the last round had accepted", "last-round history (Markov)",
-           "ours", fits=True)  # fmt: skip
+@published("last_round", "length by how many candidates the last round had accepted", fits=True)
 @dataclass(frozen=True)
 class LastRound(Policy):
     """Draft `lengths[m]` candidates after a round with m accepted; its last entry serves all greater m.

@@ -7,7 +7,7 @@ from mdp.policy import TIE, Policy, choose, known, parameter, published
 __all__ = ["HFAuto", "SelfTuned"]
 
 
-@published("selftuned", "look-ahead at the throughput earned so far: no setting", "theory, F7", "ours")
+@published("selftuned", "look-ahead at the throughput earned so far: no setting")
 @dataclass(frozen=True)
 class SelfTuned(Policy):
     r"""Continue iff $S_k \bar a \ge \rho_n (T(k+1) - T(k))$, $\rho_n$ the throughput of the rounds so far.
@@ -47,8 +47,8 @@ class HFAuto(Policy):
 
     Each round adds its accepted candidates and the first rejected one to the history; with more than `warmup` samples
     and both kinds seen, $\tau$ makes FPR + `fn_weight` $\cdot$ FNR least, the greatest of equals. Defaults [code]:
-    $\tau$ = .4 at first, 20, 3 and 5. There $\tau$ is one of the probabilities seen; here the history is a histogram and
-    $\tau$ a tenth, from 0 to 1. Of a round of more than 20 candidates the first 20 are remembered; a candidate behind
+    $\tau$ = .4 at first, 20, 3 and 5. There $\tau$ is one of the probabilities seen; here the history is a histogram
+    and $\tau$ a tenth, from 0 to 1. Of a round of more than 20 candidates the first 20 are remembered; one behind
     which the world forces the stop is not shown, so it is not remembered either.
     """
 
