@@ -99,12 +99,14 @@ def seen_to_vary(problem: FiniteProblem) -> str | None:
 
 
 def many_survivals(problem: FiniteProblem) -> str | None:
-    """Whether survival is a function of k alone."""
+    """Whether survival is a function of k alone that falls with every candidate."""
     met = start_regimes(problem)
     for k, accept in enumerate(problem.accept_prob):
         met = met @ (problem.transition > 0)
         values = accept[met]
         if np.ptp(values) > ROUNDING:
             return f"survival varies: candidate {k + 1} has acceptance {values.min():.6g} to {values.max():.6g}"
+        if values.max() == 1.0:
+            return f"survival stands still: candidate {k + 1} is certain to be accepted"
         met &= accept > 0
     return None

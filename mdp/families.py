@@ -27,8 +27,8 @@ from mdp.chain import recurrent_classes, stationary_law
 from mdp.problem import FiniteProblem, start_graph
 
 __all__ = [
-    "INDEXES", "Ladder", "Lengths", "best_lengths", "candidate_times", "goodput", "ladder", "lookahead_table",
-    "next_start_gain", "optimum", "start_regimes",
+    "INDEXES", "Ladder", "Lengths", "Optimum", "best_lengths", "candidate_times", "goodput", "ladder",
+    "lookahead_table", "next_start_gain", "optimum", "start_regimes",
 ]  # fmt: skip
 
 MAX_NODES = 2_000_000  # numbers kept of all nodes
@@ -296,8 +296,15 @@ def _howard(emitted: np.ndarray, time: np.ndarray, leads: np.ndarray) -> tuple[f
     return float(answer[0]), np.r_[0.0, answer[1:]]
 
 
-def optimum(problem: FiniteProblem) -> float:
-    """The best throughput of all rules, to rounding.
+class Optimum(NamedTuple):
+    """The best throughput of all rules and the bias of each start regime [Z], 0 where no round starts."""
+
+    throughput: float
+    bias: Float[np.ndarray, " Z"]
+
+
+def optimum(problem: FiniteProblem) -> Optimum:
+    """The best of all rules, to rounding.
 
     Raises:
         ValueError: if the tree is too large or policy iteration does not settle.
@@ -306,7 +313,7 @@ def optimum(problem: FiniteProblem) -> float:
         >>> from mdp.acceptance import IID
         >>> from mdp.cost import Affine
         >>> from mdp.problem import StoppingProblem
-        >>> round(optimum(StoppingProblem(IID(0.8), Affine(0.2, 1.0), max_candidates=12).lower()), 12)
+        >>> round(optimum(StoppingProblem(IID(0.8), Affine(0.2, 1.0), max_candidates=12).lower()).throughput, 12)
         1.867555808656
     """
     starts = np.flatnonzero(start_regimes(problem))
@@ -331,7 +338,10 @@ def optimum(problem: FiniteProblem) -> float:
         worth = emitted - rate * time + (leads @ bias if problem.persistent else 0.0)
         return emitted, time, leads, worth, np.zeros(0, dtype=int)
 
-    return _improve(problem, problem.initial[starts], choose)[0]
+    rate, bias, _ = _improve(problem, problem.initial[starts], choose)
+    spread = np.zeros(problem.num_regimes)
+    spread[starts] = bias
+    return Optimum(rate, spread)
 
 
 def _levels(problem: FiniteProblem, starts: np.ndarray) -> list[tuple[np.ndarray, ...]]:

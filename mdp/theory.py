@@ -118,7 +118,8 @@ class Case:
         )
         arrays, into = lump(finite)
         depth, classes = finite.max_candidates, len(arrays.initial)
-        first = np.minimum([np.argmax(into == c) if c in into else len(into) for c in range(classes)], len(into) - 1)
+        _, first = np.unique(into, return_index=True)
+        first = np.pad(first, (0, classes - len(first)), mode="edge")  # a regime of each class, padding included
         bias = self.solution.bias if self.exact else np.zeros(finite.num_regimes)
         threshold = np.full((len(arrays.accept_prob), classes), np.inf)
         threshold[:depth] = self.threshold[:, first]
@@ -128,10 +129,6 @@ class Case:
             seen = jax.device_get(sweep(arrays, grid, self.rate * unit, bias[first], track=False, ahead=True))
         lower, upper = (side[:depth][:, into] for side in seen.ahead)
         return Ahead(knots[:depth], lower, upper)
-
-    @cached_property
-    def survival_ladder(self) -> families.Ladder:
-        return families.ladder(self.finite, "survival")
 
     @cached_property
     def lengths(self) -> families.Lengths:
@@ -158,7 +155,7 @@ def examine(problem: StoppingProblem | FiniteProblem) -> Case:
     lower, upper = solution.bounds
     if exact:
         try:
-            best = families.optimum(finite)
+            best = families.optimum(finite).throughput
         except ValueError:  # too many nodes, or classes that do not meet: the bounds must do
             pass
         else:
@@ -222,7 +219,7 @@ def threshold_form(case: Case) -> Fact:
 
 
 def constant_threshold(case: Case) -> Fact:
-    """F2: the best constant threshold on 1 - S, and beside it that on 1 - S a-bar."""
+    """F2: the best constant threshold on 1 - S."""
     broken = _broken(case, conditions.varying_next_accept, conditions.persists, conditions.bent)
     steps = np.diff(case.finite.verify_time)
     accept = float(case.finite.next_accept_prob[0][case.met[0]].max())
@@ -237,27 +234,24 @@ def constant_threshold(case: Case) -> Fact:
             "F2", HOLDS if held else FAILS, numbers, "the next acceptance is constant, rounds renew, V is affine"
         )
     try:
-        survival, lookahead = case.survival_ladder, families.ladder(case.finite, "lookahead")
+        found = families.ladder(case.finite, "survival")
     except ValueError as error:
         return Fact("F2", OUT, {}, str(error))
     met = "the next acceptance is constant, rounds renew, V is affine"
     numbers: dict[str, Any] = {}
     if not broken:
         numbers["predicted_threshold"] = 1.0 - predicted
-    elif case.finite.max_candidates == 1:
-        broken, met = [], "K = 1"
     elif not conditions.many_survivals(case.finite) and not case.finite.persistent:
-        broken, met = [], "survival is known in advance"
-    best, at = survival.best
-    seen, seen_at = lookahead.best
-    return _family(
-        case, "F2", best, broken, met, survival.complete, threshold=1.0 - at, **numbers,
-        lookahead_loss=1.0 - seen / case.rate, lookahead_threshold=1.0 - seen_at, members=len(survival.low),
-    )  # fmt: skip
+        broken, met = [], "survival is known in advance and falls with every candidate"
+    best, at = found.best
+    return _family(case, "F2", best, broken, met, found.complete, threshold=1.0 - at, members=len(found.low), **numbers)
 
 
 def one_step(case: Case) -> Fact:
-    """F3: continue iff one more candidate alone pays; beside it the rule that prices time at its own round's rate."""
+    r"""F3: continue iff one more candidate alone pays at rho*.
+
+    Beside it the best constant threshold on $1 - S \bar a$, and the rule that prices time at its own round's rate.
+    """
     broken = _broken(case, conditions.persists, conditions.concave, conditions.revealing)
     bias = case.solution.bias if case.exact else np.zeros(case.finite.num_regimes)
     table = families.lookahead_table(case.finite, case.rate, bias) * (1.0 - TIE)
@@ -276,7 +270,9 @@ def one_step(case: Case) -> Fact:
         return Fact("F3", HOLDS if error <= 1e-3 else FAILS, {"loss": None, "threshold_error": error}, met)
     try:
         best = evaluate(case.finite, ThresholdTable(table)).throughput
-        numbers["goodput_loss"] = 1.0 - families.goodput(case.finite) / case.rate
+        lookahead, at = families.ladder(case.finite, "lookahead").best
+        numbers |= {"lookahead_loss": 1.0 - lookahead / case.rate, "lookahead_threshold": 1.0 - at,
+                    "goodput_loss": 1.0 - families.goodput(case.finite) / case.rate}  # fmt: skip
     except ValueError as error:
         return Fact("F3", OUT, numbers, str(error))
     return _family(case, "F3", best, broken, met, **numbers)
@@ -373,9 +369,9 @@ def self_tuned(case: Case) -> Fact:
         return Fact("F7", OUT, {}, str(error))
     rates, low, high = steps.throughput, steps.low, steps.high
     within = rates[(low < rates) & (rates <= high)]
-    at_end = high[1:][(rates[1:] > high[1:]) & (high[1:] > rates[:-1])]
+    at_end = high[1:][(rates[1:] > high[1:]) & (high[1:] * (1 + ROUNDING) >= rates[:-1])]
     settles = np.r_[within, at_end]
-    if not settles.size or not steps.complete:
+    if not steps.complete:
         return Fact("F7", OUT, {}, "too many nodes to follow look-ahead at every rate")
     best, lowest = float(rates.max()), float(settles.min())
     numbers = {"loss": 1.0 - lowest / best, "settles_at": [lowest, float(settles.max())], "family_best": best,
