@@ -88,6 +88,8 @@ def seen_to_vary(problem: FiniteProblem) -> str | None:
         met = np.eye(problem.num_regimes, dtype=bool)[start]
         for k, accept in enumerate(problem.accept_prob):
             met = met @ (problem.transition > 0)
+            if not met.any():
+                break  # something is rejected for certain: nothing behind it counts
             values = accept[met]
             if np.ptp(values) > ROUNDING:
                 return (
@@ -103,6 +105,8 @@ def many_survivals(problem: FiniteProblem) -> str | None:
     met = start_regimes(problem)
     for k, accept in enumerate(problem.accept_prob):
         met = met @ (problem.transition > 0)
+        if not met.any():
+            return f"survival stands still: candidate {k + 1} is behind one that is never accepted"
         values = accept[met]
         if np.ptp(values) > ROUNDING:
             return f"survival varies: candidate {k + 1} has acceptance {values.min():.6g} to {values.max():.6g}"

@@ -19,9 +19,9 @@ is the same at both of them. Continuous processes are checked on the finite chai
     F8  the more is seen of the regime, the more is earned
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +32,13 @@ from scipy.optimize import minimize_scalar
 from mdp import conditions, families
 from mdp.evaluate import evaluate
 from mdp.knots import even_and_kinks, place
+from mdp.many import solve_many
 from mdp.policy import ThresholdTable
 from mdp.price import lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.solve import THRESHOLD_TOLERANCE, Solution, SolveStatus, solve
 
-__all__ = ["CLAIMS", "Case", "Fact", "biased", "check", "debiased", "examine"]
+__all__ = ["CLAIMS", "Case", "Fact", "biased", "check", "debiased", "examine", "examine_many"]
 
 LOSS = 1e-9
 """A family of rules that loses more of the best throughput than this is not optimal."""
@@ -126,7 +127,7 @@ class Case:
         knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, KNOTS)
         with jax.enable_x64(True):
             grid = place(arrays.accept_prob, knots)
-            seen = jax.device_get(sweep(arrays, grid, self.rate * unit, bias[first], track=False, ahead=True))
+            seen = jax.device_get(_look(arrays, grid, np.float64(self.rate * unit), bias[first]))
         lower, upper = (side[:depth][:, into] for side in seen.ahead)
         return Ahead(knots[:depth], lower, upper)
 
@@ -141,6 +142,9 @@ class Case:
         return self.problem.acceptance.kind if isinstance(self.problem, StoppingProblem) else "finite problem"
 
 
+_look = jax.jit(partial(sweep, track=False, ahead=True))
+
+
 def examine(problem: StoppingProblem | FiniteProblem) -> Case:
     """Solve a problem and gather what its facts need.
 
@@ -151,7 +155,33 @@ def examine(problem: StoppingProblem | FiniteProblem) -> Case:
     finite = (
         (problem.lower() if exact else problem.bracket(CELLS)[0]) if isinstance(problem, StoppingProblem) else problem
     )
-    solution = solve(problem)
+    return _case(problem, finite, exact, solve(problem))
+
+
+def examine_many(problems: Sequence[StoppingProblem | FiniteProblem]) -> list[Case]:
+    """Finite problems of one shape, solved together; otherwise as `examine`.
+
+    Raises:
+        ValueError: as `mdp.many.solve_many` and `examine`.
+    """
+    finite = [problem.lower() if isinstance(problem, StoppingProblem) else problem for problem in problems]
+    found = solve_many(finite)
+    cases = []
+    for index, (problem, arrays) in enumerate(zip(problems, finite, strict=True)):
+        emitted, drafted = found.block_efficiency[index], found.mean_candidates[index]
+        solution = Solution(
+            throughput=float(found.throughput[index]), speedup=float(found.throughput[index] * arrays.verify_time[0]),
+            bounds=(float(found.bounds[index, 0]), float(found.bounds[index, 1])),
+            survival_threshold=found.survival_threshold[index], bias=found.bias[index], block_efficiency=float(emitted),
+            verification_rate=float(1.0 / emitted), discard_rate=float((drafted - (emitted - 1.0)) / emitted),
+            mean_candidates=float(drafted), status=found.status[index], num_sweeps=0, num_knots=0,
+            seconds=found.seconds,
+        )  # fmt: skip
+        cases.append(_case(problem, arrays, True, solution))
+    return cases
+
+
+def _case(problem: StoppingProblem | FiniteProblem, finite: FiniteProblem, exact: bool, solution: Solution) -> Case:
     lower, upper = solution.bounds
     if exact:
         try:

@@ -78,7 +78,8 @@ def _gallery(as_json: bool) -> int:
             emit(json_line({
                 "name": entry.name, "file": str(entry.path), "fact": entry.fact, "status": fact.status,
                 "why": fact.why, "breaks": entry.breaks, "number": entry.number, "exact": str(entry.value),
-                "expected": float(entry.value), "found": found, "story": entry.story, "problem": entry.problem.to_dict(),
+                "expected": float(entry.value), "found": found, "story": entry.story,
+                "problem": entry.problem.to_dict(),
                 "facts": [f._asdict() for f in facts.values()],
             }))  # fmt: skip
         else:
