@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 
-from mdp import conditions, families
+from mdp import conditions, families, theory
 from mdp.evaluate import evaluate
 from mdp.policy import LookaheadThreshold, RejectionThreshold, ThresholdTable
 from mdp.reference import Reference, advantage, solve_by_enumeration
-from mdp.theory import Case, check, fixed_length, one_step, self_tuned, sufficient_bound
+from mdp.solve import SolveStatus, solve
+from mdp.theory import Case
 
 CLOSE = 1e-9
 TOKENS = 1e-5  # CONTINUE - STOP closer to 0 than this is a tie: thresholds are known to 1e-6 tokens
@@ -44,6 +45,14 @@ def optimum_is_enumerated(case):
     lower, upper = case.solution.bounds
     assert lower * (1 - 1e-12) <= best <= upper * (1 + 1e-12)
     assert best == pytest.approx(solve_by_enumeration(*case.finite).throughput, rel=CLOSE)
+
+
+def optimum_is_enclosed(problem):
+    """The solver's bounds hold the optimum of the merged nodes, and close."""
+    found = solve(problem, max_knots=2**9, max_sweeps=8)
+    lower, upper = found.bounds
+    assert lower * (1 - 1e-12) <= families.optimum(problem.lower()).throughput <= upper * (1 + 1e-12)
+    assert found.status is SolveStatus.successful
 
 
 def optimal_table_earns_the_optimum(case):
@@ -132,7 +141,7 @@ def goodput_is_walked(case):
 
 def reports_are_sound(case):
     """F1 holds; a family whose condition is met loses nothing; F4 needs a V that never falls and nothing else."""
-    facts = {fact.id: fact for fact in check(case)}
+    facts = {fact.id: fact for fact in theory.check(case)}
     for fact in facts.values():
         assert fact.status in ("holds", "fails", "not applicable")
         assert "condition is met and yet" not in fact.why, fact
@@ -142,6 +151,7 @@ def reports_are_sound(case):
     assert facts["F8"].status == ("not applicable" if case.finite.persistent else "holds"), facts["F8"]
     if not conditions.falling(case.finite):
         assert facts["F4"].status == "holds", facts["F4"]
+    assert facts["F4"].numbers.get("equality_error", 0.0) <= 1e-5, facts["F4"]
     for fact in (facts["F2"], facts["F3"], facts["F5"]):
         assert (fact.status == "fails") == (fact.numbers["loss"] > 1e-9), fact
 
@@ -151,7 +161,7 @@ def bound_is_the_tightest(case):
     finite, worth = case.finite, oracle(case)
     found = {(k, z): worth(k, z, 1.0) / case.rate for k, z in np.argwhere(case.met)}
     most = max(max(found.values()), 0.0)
-    numbers = sufficient_bound(case).numbers
+    numbers = theory.sufficient_bound(case).numbers
     assert numbers["bound"] == pytest.approx(most / (finite.draft_time + most), abs=1e-6)
     assert numbers["delta"] == pytest.approx(
         max(found.values()) - (finite.verify_time[0] - finite.draft_time), abs=1e-6
@@ -183,8 +193,8 @@ def one_threshold_is_optimal(case):
 
 def look_ahead_is_optimal(case):
     """F3 in the monotone case, and F7: self-tuned it settles at the optimum."""
-    assert one_step(case).status == "holds"
-    tuned = self_tuned(case)
+    assert theory.one_step(case).status == "holds"
+    tuned = theory.self_tuned(case)
     assert tuned.status == "holds"
     assert tuned.numbers["settles_at"] == pytest.approx([case.rate] * 2, rel=CLOSE)
 
@@ -197,7 +207,7 @@ def continue_is_right(case):
 
 def length_by_start_is_optimal(case):
     """F5: acceptances known from the start regime on."""
-    fact = fixed_length(case)
+    fact = theory.fixed_length(case)
     assert fact.status == "holds"
     assert fact.numbers["throughput"] == pytest.approx(case.rate, rel=CLOSE)
 
