@@ -8,7 +8,7 @@ largest loss: it says what was found, and the same seed finds the same again.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -126,6 +126,7 @@ def search(
     steps: int = 400,
     seed: int = 0,
     persistent: bool = False,
+    also: Sequence[Found] = (),
 ) -> Found:
     """Look for the problem on which a family loses most.
 
@@ -136,6 +137,7 @@ def search(
         steps: problems to look at before shrinking: a quarter at random, the others near the best of these.
         seed: the same seed and steps find the same.
         persistent: rounds persist rather than renew.
+        also: what was found for fewer regimes, to start from too; so a larger size is never reported to lose less.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -155,6 +157,8 @@ def search(
          enumerate(_random(rng, num_regimes, max_candidates, persistent) for _ in range(max(steps // 4, 1)))),
         key=lambda entry: (-entry[0], entry[1]),
     )[:3]  # fmt: skip
+    begun = [_padded(found.problem, num_regimes) for found in also if found.family == family]
+    pool += [(_loss(point, family), -number, point) for number, point in enumerate(begun)]
     share = (steps - steps // 4) // len(pool)
     best_loss, best = max(
         (_climb(rng, point, value, family, max_candidates, share) for value, _, point in pool), key=lambda end: end[0]
@@ -169,6 +173,20 @@ def _report(family: str, size: int, best: Point, best_loss: float, simple: Point
     lower, upper = solve(problem).bounds
     return Found(family, size, best_loss, (1.0 - earned / lower, 1.0 - earned / upper), problem, simple.problem(),
                  _loss(simple, family), steps)  # fmt: skip
+
+
+def _padded(problem: StoppingProblem, size: int) -> Point:
+    """The problem with copies of its last regime that nothing leads to."""
+    finite = problem.lower()
+    more = size - finite.num_regimes
+
+    def rows(law: np.ndarray | None) -> Any:
+        return None if law is None else np.pad(np.pad(law, ((0, 0), (0, more))), ((0, more), (0, 0)), mode="edge")
+
+    return Point(
+        rows(finite.transition), np.pad(finite.accept_prob[0], (0, more), mode="edge"), finite.draft_time,
+        float(np.diff(finite.verify_time)[0]), finite.max_candidates, rows(finite.rejection), rows(finite.bonus),
+    )  # fmt: skip
 
 
 def _loss(point: Point, family: str) -> float:

@@ -96,20 +96,16 @@ def _search(args: Namespace) -> int:
     for family in args.family or ():
         if family not in FAMILIES:
             raise ValueError(f"--family: must be among {', '.join(FAMILIES)}, got {family!r:.40}")
-    cells = [(family, size) for family in args.family or FAMILIES for size in args.regimes]
-    rows = []
+    cells = [(family, size) for family in args.family or FAMILIES for size in sorted(set(args.regimes))]
+    found, rows = [], []
     for family, size in tqdm(cells, disable=not sys.stderr.isatty(), unit="search"):
-        found = search(
-            family,
-            size,
-            max_candidates=args.max_candidates,
-            steps=args.steps,
-            seed=args.seed,
-            persistent=args.persistent,
-        ).to_dict()
+        found.append(
+            search(family, size, max_candidates=args.max_candidates, steps=args.steps, seed=args.seed,
+                   persistent=args.persistent, also=found)
+        )  # fmt: skip
+        rows.append(found[-1].to_dict())
         if args.json:
-            emit(json_line(found))
-        rows.append(found)
+            emit(json_line(rows[-1]))
     if not args.json:
         emit(_search_text(rows))
     return DONE
