@@ -155,9 +155,6 @@ class Observed(AcceptanceProcess):
     def lower(self, max_candidates: int) -> FiniteChain:
         raise ValueError("acceptance: observed hides its regimes, no chain that shows them equals it")
 
-    def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
-        return self.lower(max_candidates), self.lower(max_candidates)  # which refuses
-
     def unseen(self, max_candidates: int) -> FiniteChain:
         """The chain for rules that do not look."""
         return self.visible.lower(max_candidates)

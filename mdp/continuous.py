@@ -56,6 +56,29 @@ class BetaMixture(AcceptanceProcess):
         first, second = self.shapes
         return special.betaincc(first, second, value), self.mean * special.betaincc(first + 1, second, value)
 
+    def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
+        """Cells of equal probability: their conditional means, and their ends, with the mean kept.
+
+        What a round is worth is convex in each acceptance, so that moving mass together inside a cell lowers it
+        (Jensen) and moving it apart raises it (Edmundson, Madansky).
+        """
+        if self.sure:
+            return self.unseen(max_candidates), self.unseen(max_candidates)
+        ends = np.unique(np.r_[0.0, special.betaincinv(*self.shapes, np.arange(1, cells) / cells), 1.0])
+        mass, moment = (-np.diff(part) for part in self.above(ends))
+        centre = np.clip(moment / np.where(mass > 0, mass, 1.0), ends[:-1], ends[1:])
+        right = mass * (centre - ends[:-1]) / np.diff(ends)
+        split = np.append(mass - right, 0.0) + np.append(0.0, right)
+        chains = []
+        for values, law in ((centre, mass), (ends, split)):
+            values, law = values[law > 0], law[law > 0] / law[law > 0].sum()
+            rows, accept = (
+                np.broadcast_to(law, (len(law), len(law))),
+                np.broadcast_to(values, (max_candidates, len(law))),
+            )
+            chains.append(FiniteChain(rows, accept, law))
+        return chains[0], chains[1]
+
     def sample(self, coins: Float[np.ndarray, "K ..."], start_coins: Float[np.ndarray, "..."]) -> Sampled:
         """By inverse CDF: each coin is the probability of a lesser acceptance."""
         drawn = np.full(np.shape(coins), self.mean) if self.sure else special.betaincinv(*self.shapes, coins)

@@ -92,7 +92,8 @@ class Sweep(NamedTuple):
     """One backward induction, per class: both sides of T_rho_h - h, thresholds and their slack [K, C].
 
     If the policy was tracked, also what the rules at S = 1 earn and where they lead: `emitted`, `time`, `drafted` [C]
-    and `next_start` [C, C] ([C, 0] if rounds renew).
+    and `next_start` [C, C] ([C, 0] if rounds renew). On request `ahead`: both sides of CONTINUE - STOP at the knots
+    [K, C, N].
     """
 
     lower: Any
@@ -103,6 +104,7 @@ class Sweep(NamedTuple):
     time: Any = None
     drafted: Any = None
     next_start: Any = None
+    ahead: Any = None
 
 
 class _Kept(NamedTuple):
@@ -115,7 +117,7 @@ class _Kept(NamedTuple):
     track: Any
 
 
-def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Sweep:
+def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool, ahead: bool = False) -> Sweep:
     """Backward induction over depth at rate rho and bias h [C] (zeros if rounds renew).
 
     A bias of K + 1 rows is that of a start behind k + 1 emitted tokens, where the tokens still to come count
@@ -162,7 +164,11 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
             missed_law = (1.0 - accept)[:, None, None] * rejection[:, None, :]
             leads = [1.0 + chosen[..., :1], missed_law + accept[:, None, None] * chosen[..., 1:]]
             now = now._replace(track=jnp.tensordot(problem.transition, jnp.concatenate(leads, axis=2), axes=1))
-        return now, _thresholds(knots, now, bonus_now, rate, verify_now)
+        return now, (_thresholds(knots, now, bonus_now, rate, verify_now), sides(knots, now, bonus_now, verify_now))
+
+    def sides(knots, kept: _Kept, bonus_now, verify_now):
+        stop = bonus_now[:, None] * knots - rate * verify_now
+        return (kept.slope * knots - rate * kept.time - stop, kept.upper - stop) if ahead else None
 
     shape = (num_classes, num_knots)
     last = _Kept(jnp.full(shape, NEVER), jnp.zeros(shape), jnp.full(shape, -NEVER), None)
@@ -170,13 +176,13 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
         last = last._replace(track=jnp.zeros((*shape, stopped.shape[1])))
     times = (problem.verify_time[:-1], problem.verify_time[1:])
     layers = (problem.accept_prob, *grid, *times, after_bonus[:-1], after_bonus[1:], after_rejection[:-1])
-    first, (threshold, slack) = jax.lax.scan(step, last, layers, reverse=True)
+    first, ((threshold, slack), found) = jax.lax.scan(step, last, layers, reverse=True)
 
     stop = after_bonus[0] - rate * problem.verify_time[0]
     going_on = first.slope[:, -1] - rate * first.time[:, -1]
     lower, upper = (1.0 + jnp.maximum(stop, value) - biases[0] for value in (going_on, first.upper[:, -1]))
     if not track:
-        return Sweep(lower, upper, threshold, slack)
+        return Sweep(lower, upper, threshold, slack, ahead=found)
     goes_on = going_on >= stop - TIE * (1.0 + jnp.abs(stop))
     slope = jnp.where(goes_on, first.slope[:, -1], after_bonus[0])
     leads = jnp.where(goes_on[:, None], first.track[:, -1], stopped)
@@ -187,6 +193,7 @@ def sweep(problem: Arrays, grid: Grid, rate: Any, bias: Any, track: bool) -> Swe
         time=jnp.where(goes_on, first.time[:, -1], problem.verify_time[0]),
         drafted=leads[:, 0],
         next_start=next_start,
+        ahead=found,
     )  # fmt: skip
 
 

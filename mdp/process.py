@@ -155,9 +155,10 @@ class AcceptanceProcess:
     def bracket(self, max_candidates: int, cells: int) -> tuple[FiniteChain, FiniteChain]:
         """Two chains whose best throughputs enclose that of the process, whatever the (renewal) problem.
 
-        `cells` says how finely a continuous law with memory is cut.
+        `cells` says how finely a continuous law is cut; a finite process is its own bracket.
         """
-        raise NotImplementedError
+        chain = self.lower(max_candidates)
+        return chain, chain
 
     def start_laws(self) -> StartLaws | None:
         """The coupling of rounds, for processes that leave no choice; None: the problem says."""

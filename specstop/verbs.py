@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mdp.policy import PolicySpec
     from mdp.trace import Trace
 
-__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve", "sweep"]
+__all__ = ["check", "decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve",
+           "sweep"]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
 
@@ -323,6 +324,13 @@ def demo(args: Namespace) -> int:
     summary = run(args.out, quick=args.quick)
     emit(json_line(summary) if args.json else headline(summary, args.out))
     return DONE
+
+
+def check(args: Namespace) -> int:
+    """Facts of the theory on problems, the gallery of counterexamples, or a search for more."""
+    from specstop.check import run
+
+    return run(args)
 
 
 def schema(args: Namespace) -> int:

@@ -1,0 +1,458 @@
+r"""What theory says of one problem: each fact as a function from the solved problem to a report.
+
+A fact *holds*, *fails* or is *not applicable* here; `why` names the condition that decided. Facts about a family of
+rules (F2 one constant threshold, F3 one-step look-ahead, F5 a fixed length, F7 self-tuned look-ahead) fail where the
+best member of the family loses more than `LOSS` of $\rho^*$, whatever their conditions say: the conditions are
+sufficient, and `why` says which of them is broken. Facts about every problem (F1, F4, F6, F8) are checked by number.
+
+Losses are exact: `mdp.families` compares all members on the tree of rounds and `families.optimum` is $\rho^*$ to
+rounding. Where the tree is too large, $\rho^*$ is known between the solver's bounds, and a verdict is given only if it
+is the same at both of them. Continuous processes are checked on the finite chain that bounds them from below.
+
+    F1  the optimum is a threshold in survival for each (k, z)
+    F2  one constant threshold on 1 - S_k is optimal
+    F3  one-step look-ahead at rho* is optimal
+    F4  the tightest bound of SpecDec++ Theorem 3.1 is sufficient for stopping
+    F5  a length fixed at the round's start is optimal
+    F6  the weighted acceptance head is biased by a known formula
+    F7  self-tuned look-ahead settles at the best of its family
+    F8  the more is seen of the regime, the more is earned
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.optimize import minimize_scalar
+
+from mdp import conditions, families
+from mdp.acceptance import Observed
+from mdp.evaluate import evaluate
+from mdp.knots import even_and_kinks, place
+from mdp.many import solve_many
+from mdp.policy import ThresholdTable
+from mdp.price import lump, sweep
+from mdp.problem import FiniteProblem, StoppingProblem
+from mdp.solve import THRESHOLD_TOLERANCE, Solution, SolveStatus, solve
+
+__all__ = ["CLAIMS", "Case", "Fact", "biased", "check", "debiased", "examine", "examine_many"]
+
+LOSS = 1e-9
+"""A family of rules that loses more of the best throughput than this is not optimal."""
+
+ROUNDING = 1e-12
+TIE = 1e-9  # one-step look-ahead continues where its two sides are this close, relatively: rho* is rounded
+KNOTS = 1024
+CELLS, NODES = 255, 63
+"""How finely a continuous law is cut that is drawn afresh, and one that depends on the candidate before."""
+WEIGHT, PUBLISHED = 6.0, 0.7  # of SpecDec++'s acceptance head: weight on rejections, and its tuned threshold
+
+HOLDS, FAILS, OUT = "holds", "fails", "not applicable"
+
+CLAIMS = {
+    "F1": "the optimum is a threshold in survival for each (k, z)",
+    "F2": "one constant threshold on 1 - S is optimal",
+    "F3": "one-step look-ahead at rho* is optimal",
+    "F4": "the tightest bound of SpecDec++ Theorem 3.1 is sufficient for stopping",
+    "F5": "a length fixed at the round's start is optimal",
+    "F6": "the weighted acceptance head is biased by a known formula",
+    "F7": "self-tuned look-ahead settles at the best of its family",
+    "F8": "the more is seen of the regime, the more is earned",
+}
+
+
+class Fact(NamedTuple):
+    """One fact on one problem: its status, the numbers behind it and the condition that decided, in one line."""
+
+    id: str
+    status: str
+    numbers: dict[str, Any]
+    why: str
+
+
+class Ahead(NamedTuple):
+    """CONTINUE - STOP in tokens at `knots` [K, N] of survival, from below (real rules) and above [K, Z, N]."""
+
+    knots: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem with its solution, and what the facts share.
+
+    Attributes:
+        problem: as given.
+        finite: the arrays the facts are checked on: the problem's own, or a chain that bounds it from below.
+        exact: whether `finite` is the problem itself.
+        solution: of `mdp.solve`.
+        bounds: on rho*: equal to rounding where the tree of rounds is small enough, else the solver's.
+        met: [K, Z] whether k candidates, all of which may yet be accepted, can end in regime z.
+    """
+
+    problem: StoppingProblem | FiniteProblem
+    finite: FiniteProblem
+    exact: bool
+    solution: Solution
+    bounds: tuple[float, float]
+    met: Bool[np.ndarray, "K Z"]
+
+    @property
+    def rate(self) -> float:
+        """rho*, as well as it is known."""
+        return float(np.clip(self.solution.throughput, *self.bounds))
+
+    @property
+    def threshold(self) -> Float[np.ndarray, "K Z"]:
+        """S* per depth and regime, inf where nothing is worth drafting on."""
+        table = self.solution.survival_threshold
+        assert table is not None  # facts are checked on chains that show their regimes
+        return np.broadcast_to(table, self.finite.accept_prob.shape)
+
+    @cached_property
+    def ahead(self) -> Ahead:
+        """CONTINUE - STOP by one backward induction at rho* and the optimum's bias."""
+        unit = 2.0 ** np.frexp(self.finite.round_time.max())[1]
+        finite = self.finite._replace(
+            draft_time=self.finite.draft_time / unit, verify_time=self.finite.verify_time / unit
+        )
+        arrays, into = lump(finite)
+        depth, classes = finite.max_candidates, len(arrays.initial)
+        _, first = np.unique(into, return_index=True)
+        first = np.pad(first, (0, classes - len(first)), mode="edge")  # a regime of each class, padding included
+        bias = self.solution.bias if self.exact else np.zeros(finite.num_regimes)
+        threshold = np.full((len(arrays.accept_prob), classes), np.inf)
+        threshold[:depth] = self.threshold[:, first]
+        knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, KNOTS)
+        with jax.enable_x64(True):
+            grid = place(arrays.accept_prob, knots)
+            seen = jax.device_get(_look(arrays, grid, np.float64(self.rate * unit), bias[first]))
+        lower, upper = (side[:depth][:, into] for side in seen.ahead)
+        return Ahead(knots[:depth], lower, upper)
+
+    @cached_property
+    def lengths(self) -> families.Lengths:
+        unseen = self.problem.unseen() if isinstance(self.problem, StoppingProblem) else self.finite
+        return families.best_lengths(unseen)
+
+    @property
+    def name(self) -> str:
+        """The kind of process, for messages."""
+        return self.problem.acceptance.kind if isinstance(self.problem, StoppingProblem) else "finite problem"
+
+
+_look = jax.jit(partial(sweep, track=False, ahead=True))
+
+
+def examine(problem: StoppingProblem | FiniteProblem) -> Case:
+    """Solve a problem and gather what its facts need.
+
+    Raises:
+        ValueError: if the exact optimum and the solver's bounds contradict each other.
+    """
+    if not isinstance(problem, StoppingProblem):
+        return _case(problem, problem, True, solve(problem))
+    if problem.acceptance.finite:
+        return _case(problem, problem.lower(), True, solve(problem))
+    below, above = problem.bracket(CELLS if problem.acceptance.num_regimes == 1 else NODES)
+    solution = solve(below)
+    bounds = solution.bounds[0], solve(above).bounds[1]
+    return _case(problem, below, False, replace(solution, bounds=bounds))
+
+
+def examine_many(problems: Sequence[StoppingProblem | FiniteProblem]) -> list[Case]:
+    """Finite problems of one shape, solved together; otherwise as `examine`.
+
+    Raises:
+        ValueError: as `mdp.many.solve_many` and `examine`.
+    """
+    finite = [problem.lower() if isinstance(problem, StoppingProblem) else problem for problem in problems]
+    found = solve_many(finite)
+    cases = []
+    for index, (problem, arrays) in enumerate(zip(problems, finite, strict=True)):
+        emitted, drafted = found.block_efficiency[index], found.mean_candidates[index]
+        solution = Solution(
+            throughput=float(found.throughput[index]), speedup=float(found.throughput[index] * arrays.verify_time[0]),
+            bounds=(float(found.bounds[index, 0]), float(found.bounds[index, 1])),
+            survival_threshold=found.survival_threshold[index], bias=found.bias[index], block_efficiency=float(emitted),
+            verification_rate=float(1.0 / emitted), discard_rate=float((drafted - (emitted - 1.0)) / emitted),
+            mean_candidates=float(drafted), status=found.status[index], num_sweeps=0, num_knots=0,
+            seconds=found.seconds,
+        )  # fmt: skip
+        cases.append(_case(problem, arrays, True, solution))
+    return cases
+
+
+def _case(problem: StoppingProblem | FiniteProblem, finite: FiniteProblem, exact: bool, solution: Solution) -> Case:
+    lower, upper = solution.bounds
+    if exact:
+        try:
+            best = families.optimum(finite).throughput
+        except ValueError:  # too many nodes, or classes that do not meet: the bounds must do
+            pass
+        else:
+            if not lower * (1 - ROUNDING) <= best <= upper * (1 + ROUNDING):
+                raise ValueError(f"the exact optimum {best!r} lies outside the solver's bounds {solution.bounds}")
+            lower, upper = best * (1 - ROUNDING), best * (1 + ROUNDING)
+    return Case(problem, finite, exact, solution, (lower, upper), conditions.met_regimes(finite))
+
+
+def check(problem: StoppingProblem | FiniteProblem | Case) -> list[Fact]:
+    """All facts on one problem, F1 to F8.
+
+    Example:
+        >>> from mdp.acceptance import IID
+        >>> from mdp.cost import Affine
+        >>> facts = check(StoppingProblem(IID(0.8), Affine(draft_time=0.2, verify_time=1.0), max_candidates=12))
+        >>> [fact.status for fact in facts if fact.id in ("F1", "F2", "F3", "F5")]
+        ['holds', 'holds', 'holds', 'holds']
+    """
+    if isinstance(problem, StoppingProblem) and isinstance(problem.acceptance, Observed):
+        return _hidden(problem, problem.acceptance)
+    case = problem if isinstance(problem, Case) else examine(problem)
+    return [fact(case) for fact in FACTS]
+
+
+def _hidden(problem: StoppingProblem, process: Observed) -> list[Fact]:
+    """What holds where regimes are hidden: F8 with a symbol between the regime and nothing."""
+    told, seen = solve(problem), solve(replace(problem, acceptance=process.visible))
+    unseen = problem.unseen()
+    nothing = max(evaluate(unseen, f"fixed:{length}").throughput for length in range(unseen.max_candidates + 1))
+    holds = nothing <= told.bounds[1] * (1 + ROUNDING) and told.bounds[0] <= seen.bounds[1] * (1 + ROUNDING)
+    numbers = {"seen": seen.throughput, "symbol": told.throughput, "symbol_bounds": list(told.bounds), "nothing": nothing,
+               "gain": told.throughput / nothing - 1.0}  # fmt: skip
+    why = "regime seen, a symbol of it seen, nothing seen (then a fixed length is best), in this order"
+    out = "regimes are hidden: the rule follows the symbols, not (k, z)"
+    facts = [Fact(name, OUT, {}, out) for name in CLAIMS if name != "F8"]
+    return [*facts, Fact("F8", HOLDS if holds else FAILS, numbers, why)]
+
+
+def _broken(case: Case, *names: Callable[[FiniteProblem], str | None]) -> list[str]:
+    return [said for condition in names if (said := condition(case.finite))]
+
+
+def _family(case: Case, fact: str, best: float, broken: list[str], met: str, complete: bool = True, **numbers) -> Fact:
+    """The report on a family of rules whose best member earns `best`; `met` is the condition that makes it optimal."""
+    least, most = (1.0 - best / bound for bound in case.bounds)
+    numbers = {"loss": 1.0 - best / case.rate, "throughput": best, **numbers}
+    if most <= LOSS:
+        return Fact(fact, HOLDS, numbers, met if not broken else f"nothing is lost here, although {'; '.join(broken)}")
+    if least <= LOSS:
+        return Fact(fact, OUT, numbers, "the optimum is not known well enough to tell")
+    if not complete:
+        return Fact(fact, OUT, numbers, "too many nodes: members with lower thresholds were not compared")
+    return Fact(fact, FAILS, numbers, "; ".join(broken) or f"its condition is met and yet it loses: {met}")
+
+
+def threshold_form(case: Case) -> Fact:
+    """F1: CONTINUE - STOP is negative below S*(k, z) and not negative from there on."""
+    ahead, at = case.ahead, np.minimum(case.threshold, 2.0)[..., None]
+    knots = ahead.knots[:, None, :]
+    early = np.where(knots < at, ahead.lower, -np.inf)  # worth drafting on, below the threshold
+    late = np.where(knots > at, -ahead.upper, -np.inf)  # not worth it, above
+    counts = case.met if case.finite.persistent else np.ones_like(case.met)
+    wrong = np.where(counts[..., None], np.maximum(early, late), -np.inf)
+    k, z, n = np.unravel_index(wrong.argmax(), wrong.shape)
+    numbers: dict[str, Any] = {"violation": max(float(wrong.max()), 0.0), "state": [int(k), int(z)],
+                               "survival": float(ahead.knots[k, n])}  # fmt: skip
+    holds = numbers["violation"] <= THRESHOLD_TOLERANCE
+    if not holds:
+        return Fact("F1", FAILS, numbers, f"CONTINUE and STOP change places more than once at k {k}, regime {z}")
+    if np.ptp(case.finite.accept_prob, axis=0).max() <= ROUNDING and not conditions.concave(case.finite):
+        capped = np.where(counts, np.minimum(case.threshold, 1.0), np.nan)
+        fall = float(np.nanmax(capped[:-1] - capped[1:], initial=0.0))
+        numbers["largest_fall_in_depth"] = max(fall, 0.0)
+    why = "rounds renew" if not case.finite.persistent else "k t_d + V(k) never falls"
+    return Fact("F1", HOLDS, numbers, why)
+
+
+def constant_threshold(case: Case) -> Fact:
+    """F2: the best constant threshold on 1 - S."""
+    broken = _broken(case, conditions.varying_next_accept, conditions.persists, conditions.bent)
+    steps = np.diff(case.finite.verify_time)
+    accept = float(case.finite.next_accept_prob[0][case.met[0]].max())
+    predicted = case.rate * (case.finite.draft_time + float(steps.mean())) / accept if accept > 0 else np.inf
+    if not case.exact:
+        if broken:
+            return Fact("F2", OUT, {}, f"{case.name}: no threshold has an exact value, and {'; '.join(broken)}")
+        error = float(np.abs(np.minimum(case.threshold, 1.0) - min(predicted, 1.0)).max())
+        numbers = {"loss": None, "threshold": 1.0 - predicted, "threshold_error": error}
+        held = error <= 1e-3
+        return Fact(
+            "F2", HOLDS if held else FAILS, numbers, "the next acceptance is constant, rounds renew, V is affine"
+        )
+    try:
+        found = families.ladder(case.finite, "survival")
+    except ValueError as error:
+        return Fact("F2", OUT, {}, str(error))
+    met = "the next acceptance is constant, rounds renew, V is affine"
+    numbers: dict[str, Any] = {}
+    if not broken:
+        numbers["predicted_threshold"] = 1.0 - predicted
+    elif not conditions.many_survivals(case.finite) and not case.finite.persistent:
+        broken, met = [], "survival is known in advance and falls with every candidate"
+    best, at = found.best
+    return _family(case, "F2", best, broken, met, found.complete, threshold=1.0 - at, members=len(found.low), **numbers)
+
+
+def one_step(case: Case) -> Fact:
+    r"""F3: continue iff one more candidate alone pays at rho*.
+
+    Beside it the best constant threshold on $1 - S \bar a$, and the rule that prices time at its own round's rate.
+    """
+    broken = _broken(case, conditions.persists, conditions.concave, conditions.revealing)
+    bias = case.solution.bias if case.exact else np.zeros(case.finite.num_regimes)
+    table = families.lookahead_table(case.finite, case.rate, bias) * (1.0 - TIE)
+    gap = np.where(case.met, np.minimum(table, 1.0) - np.minimum(case.threshold, 1.0), 0.0)
+    off = np.abs(gap) > 1e-6
+    k, z = np.unravel_index(np.abs(gap).argmax(), gap.shape)
+    numbers: dict[str, Any] = {
+        "stops_too_soon": int((off & (gap > 0)).sum()), "continues_too_long": int((off & (gap < 0)).sum()),
+        "state": [int(k), int(z)],
+    }  # fmt: skip
+    met = "rounds renew, V is convex and the case is monotone"
+    if not case.exact:
+        if broken:
+            return Fact("F3", OUT, numbers, f"{case.name}: no look-ahead has an exact value, and {'; '.join(broken)}")
+        error = float(np.abs(gap).max())
+        return Fact("F3", HOLDS if error <= 1e-3 else FAILS, {"loss": None, "threshold_error": error}, met)
+    try:
+        best = evaluate(case.finite, ThresholdTable(table)).throughput
+        lookahead, at = families.ladder(case.finite, "lookahead").best
+        numbers |= {"lookahead_loss": 1.0 - lookahead / case.rate, "lookahead_threshold": 1.0 - at,
+                    "goodput_loss": 1.0 - families.goodput(case.finite) / case.rate}  # fmt: skip
+    except ValueError as error:
+        return Fact("F3", OUT, numbers, str(error))
+    return _family(case, "F3", best, broken, met, **numbers)
+
+
+def sufficient_bound(case: Case) -> Fact:
+    r"""F4: 1 - S*(k, z) <= D(k, z) / (t_d + D(k, z)) <= the bound at the largest D = c_2 + Delta."""
+    finite, ahead = case.finite, case.ahead
+    worth = (ahead.lower[..., -1] + ahead.upper[..., -1]) / 2 / case.rate  # D(k, z), in time
+    met = np.where(case.met, worth, -np.inf)
+    k, z = np.unravel_index(met.argmax(), met.shape)
+    most, least_time = float(met.max()), finite.draft_time
+    per_state = np.maximum(worth, 0.0) / (least_time + np.maximum(worth, 0.0))
+    rejection = 1.0 - case.threshold
+    excess = np.where(case.met, rejection - per_state, -np.inf)
+    charge = float(finite.verify_time[0]) - least_time  # c_2
+    drafted_on = float(np.where(case.met, rejection, -np.inf).max())  # the greatest 1 - S* of all
+    numbers: dict[str, Any] = {
+        "bound": max(most, 0.0) / (least_time + max(most, 0.0)), "delta": most - charge,
+        "delta_zero_bound": max(charge, 0.0) / (least_time + max(charge, 0.0)), "state": [int(k), int(z)],
+        "largest_advantage": most,
+        "advantage_error": float((ahead.upper - ahead.lower)[..., -1][case.met].max() / case.rate),
+        "threshold": drafted_on if np.isfinite(drafted_on) else None,
+        "excess": float(excess.max()) if np.isfinite(drafted_on) else None,
+    }  # fmt: skip
+    if not np.ptp(finite.verify_time) and (last := case.met[-1] & (worth[-1] > 0)).any():
+        numbers["equality_error"] = float(np.abs(rejection - per_state)[-1][last].max())
+    holds = numbers["excess"] is None or numbers["excess"] <= 1e-6
+    said = conditions.falling(case.finite)
+    if holds:
+        return Fact("F4", HOLDS, numbers, "V never falls" if not said else f"it is not exceeded here, although {said}")
+    return Fact("F4", FAILS, numbers, said or f"the optimum drafts on past the bound at k {k}, regime {z}")
+
+
+def fixed_length(case: Case) -> Fact:
+    """F5: the best length chosen once the start regime is known, and the best single one."""
+    found = case.lengths
+    single = int(found.throughput.argmax())
+    return _family(
+        case, "F5", found.by_start, _broken(case, conditions.seen_to_vary),
+        "acceptances are known once the round's start is", lengths=found.chosen, length=single,
+        one_length_loss=1.0 - float(found.throughput[single]) / case.rate,
+    )  # fmt: skip
+
+
+def biased(accept_prob: Any, weight: float) -> Any:
+    """What a head trained with this weight on rejections answers for a true acceptance probability."""
+    return accept_prob / (accept_prob + weight * (1.0 - accept_prob))
+
+
+def debiased(predicted: Any, weight: float) -> Any:
+    """The acceptance probability behind the answer of a head trained with this weight on rejections.
+
+    Example:
+        >>> round(1 - debiased(1 - 0.7, weight=6), 2)  # SpecDec++'s threshold, token by token
+        0.28
+    """
+    return weight * predicted / (1.0 - predicted + weight * predicted)
+
+
+def weighted_head(case: Case) -> Fact:
+    """F6: the minimiser of the weighted loss at each regime's acceptance, found by number and by formula."""
+    inside = np.unique(np.clip(case.finite.accept_prob[0], 0.01, 0.99))
+    shown = np.unique(np.quantile(inside, np.linspace(0, 1, 5), method="nearest"))
+
+    def loss(logit: float, accept: float) -> float:
+        return WEIGHT * (1.0 - accept) * np.logaddexp(0.0, logit) + accept * np.logaddexp(0.0, -logit)
+
+    found = [
+        minimize_scalar(loss, bounds=(-30, 30), args=(a,), method="bounded", options={"xatol": 1e-10}) for a in shown
+    ]
+    answer = 1.0 / (1.0 + np.exp(-np.array([best.x for best in found])))  # type: ignore[union-attr]
+    error = float(np.abs(debiased(answer, WEIGHT) - shown).max())
+    numbers = {"weight": WEIGHT, "error": error, "published_threshold": PUBLISHED,
+               "means": 1.0 - debiased(1.0 - PUBLISHED, WEIGHT)}  # fmt: skip
+    why = f"a head that sees the regime, {len(shown)} acceptances, per token"
+    return Fact("F6", HOLDS if error <= 1e-6 else FAILS, numbers, why)
+
+
+def self_tuned(case: Case) -> Fact:
+    r"""F7: look-ahead at $\rho$ earns $R(\rho)$, a step function; where $\rho_n$ can settle against the family's best.
+
+    It settles where $R$ crosses the diagonal from above, within a step or at its end.
+    """
+    if said := conditions.persists(case.finite):
+        return Fact("F7", OUT, {}, f"{said}: the rule needs the bias as a function of the rate")
+    broken = _broken(case, conditions.concave, conditions.revealing)
+    met = "look-ahead maximises tokens less time at every rate"
+    if not case.exact:
+        return Fact("F7", OUT if broken else HOLDS, {}, f"{case.name}: {'; '.join(broken) or met}")
+    try:
+        steps = families.ladder(case.finite, "rate")
+    except ValueError as error:
+        return Fact("F7", OUT, {}, str(error))
+    rates, low, high = steps.throughput, steps.low, steps.high
+    within = rates[(low < rates) & (rates <= high)]
+    at_end = high[1:][(rates[1:] > high[1:]) & (high[1:] * (1 + ROUNDING) >= rates[:-1])]
+    settles = np.r_[within, at_end]
+    if not steps.complete:
+        return Fact("F7", OUT, {}, "too many nodes to follow look-ahead at every rate")
+    best, lowest = float(rates.max()), float(settles.min())
+    numbers = {"loss": 1.0 - lowest / best, "settles_at": [lowest, float(settles.max())], "family_best": best,
+               "family_loss": 1.0 - best / case.rate}  # fmt: skip
+    if numbers["loss"] <= LOSS:
+        why = met if not broken else f"nothing is lost here, although {'; '.join(broken)}"
+        return Fact("F7", HOLDS, numbers, why)
+    return Fact("F7", FAILS, numbers, "; ".join(broken) or "its condition is met and yet it settles below")
+
+
+def information(case: Case) -> Fact:
+    """F8: with the regime seen never less than with nothing seen, where a fixed length is best."""
+    if said := conditions.persists(case.finite):
+        return Fact("F8", OUT, {}, f"{said}: hidden and persistent is a problem of its own")
+    nothing = float(case.lengths.throughput.max())
+    numbers = {"seen": case.rate, "nothing": nothing, "gain": case.rate / nothing - 1.0}
+    holds = nothing <= case.bounds[1] * (1 + ROUNDING)
+    return Fact(
+        "F8", HOLDS if holds else FAILS, numbers, "the regime is seen; with nothing seen a fixed length is best"
+    )
+
+
+FACTS: tuple[Callable[[Case], Fact], ...] = (
+    threshold_form, constant_threshold, one_step, sufficient_bound, fixed_length, weighted_head, self_tuned,
+    information,
+)  # fmt: skip
+
+
+def converged(case: Case) -> bool:
+    """Whether the solver closed its bounds."""
+    return case.solution.status is SolveStatus.successful
