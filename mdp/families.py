@@ -199,6 +199,8 @@ def _ladder(problem: FiniteProblem, index: Index, lowest: float) -> Ladder | Non
             [emitted[..., None], (nodes.mass * prices[k])[..., None], alive[..., None] * leads[:, None, :]], axis=2
         ))  # fmt: skip
     level, part = np.concatenate(levels), np.concatenate(parts)
+    if not level.size:
+        return None
     order = np.argsort(-level, kind="stable")
     level, part = level[order], part[order]
     first = np.flatnonzero(np.r_[True, -np.diff(level) > SAME * np.maximum(1.0, level[1:])])

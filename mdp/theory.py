@@ -20,16 +20,18 @@ is the same at both of them. Continuous processes are checked on the finite chai
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy import special
 from scipy.optimize import minimize_scalar
 
 from mdp import conditions, families
+from mdp.acceptance import BetaMixture
 from mdp.evaluate import evaluate
 from mdp.knots import even_and_kinks, place
 from mdp.many import solve_many
@@ -151,11 +153,40 @@ def examine(problem: StoppingProblem | FiniteProblem) -> Case:
     Raises:
         ValueError: if the exact optimum and the solver's bounds contradict each other.
     """
-    exact = not isinstance(problem, StoppingProblem) or problem.acceptance.finite
-    finite = (
-        (problem.lower() if exact else problem.bracket(CELLS)[0]) if isinstance(problem, StoppingProblem) else problem
+    if not isinstance(problem, StoppingProblem) or problem.acceptance.finite:
+        finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+        return _case(problem, finite, True, solve(problem))
+    finite, solution = _from_below(problem), solve(problem)
+    if solution.survival_threshold.shape[1] not in (1, finite.num_regimes):
+        chain = solve(finite)  # its own thresholds; the bounds stay those of the process
+        return replace(_case(problem, finite, False, chain), bounds=solution.bounds)
+    return _case(problem, finite, False, solution)
+
+
+def _from_below(problem: StoppingProblem) -> FiniteProblem:
+    """A chain worth no more than the continuous process: each cell of its law moved to the cell's mean (Jensen).
+
+    Raises:
+        ValueError: if the process has none.
+    """
+    process, depth = problem.acceptance, int(problem.max_candidates)
+    if not isinstance(process, BetaMixture):
+        try:
+            return problem.bracket(CELLS)[0]
+        except NotImplementedError:
+            raise ValueError(f"check: {process.kind} has no finite chain to check facts on") from None
+    unseen, (first, second) = problem.unseen(), process.shapes
+    if min(first, second) == 0.0:
+        return unseen
+    ends = np.unique(np.r_[0.0, special.betaincinv(first, second, np.linspace(0.0, 1.0, CELLS + 1)), 1.0])
+    mass = np.diff(special.betainc(first, second, ends))
+    kept = mass > 0
+    moment = process.mean * np.diff(special.betainc(first + 1, second, ends))
+    values, law = np.clip(moment[kept] / mass[kept], 0.0, 1.0), mass[kept] / mass[kept].sum()
+    size = len(law)
+    return unseen._replace(
+        transition=np.broadcast_to(law, (size, size)), accept_prob=np.broadcast_to(values, (depth, size)), initial=law
     )
-    return _case(problem, finite, exact, solve(problem))
 
 
 def examine_many(problems: Sequence[StoppingProblem | FiniteProblem]) -> list[Case]:
@@ -205,8 +236,24 @@ def check(problem: StoppingProblem | FiniteProblem | Case) -> list[Fact]:
         >>> [fact.status for fact in facts if fact.id in ("F1", "F2", "F3", "F5")]
         ['holds', 'holds', 'holds', 'holds']
     """
+    if isinstance(problem, StoppingProblem) and hasattr(problem.acceptance, "visible"):
+        return _hidden(problem)
     case = problem if isinstance(problem, Case) else examine(problem)
     return [fact(case) for fact in FACTS]
+
+
+def _hidden(problem: StoppingProblem) -> list[Fact]:
+    """Facts where the stopper sees symbols rather than regimes: F8, with the regimes seen, as given, and unseen."""
+    process: Any = problem.acceptance
+    why = "regimes are hidden: what decides is the belief, not survival in a regime"
+    facts = [Fact(name, OUT, {}, why) for name in CLAIMS if name != "F8"]
+    shown = StoppingProblem(process.visible, problem.cost, problem.max_candidates)
+    seen, observed = solve(shown).bounds, solve(problem).bounds
+    nothing = float(families.best_lengths(shown.lower()).throughput.max())
+    holds = nothing <= observed[1] * (1 + ROUNDING) and observed[0] <= seen[1] * (1 + ROUNDING)
+    numbers = {"seen": list(seen), "observed": list(observed), "nothing": nothing, "gain": observed[0] / nothing - 1.0}
+    said = "seen is worth no less than observed, observed no less than nothing"
+    return [*facts, Fact("F8", HOLDS if holds else FAILS, numbers, said if holds else "the order is broken")]
 
 
 def _broken(case: Case, *names: Callable[[FiniteProblem], str | None]) -> list[str]:

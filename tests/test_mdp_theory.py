@@ -3,6 +3,8 @@
 Problems of one kind have one shape and are solved together; every one is held against the laws of `theory_laws`.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import theory_laws as laws
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from theory_problems import SHARE, Numbers, batches, budget, made
 
-from mdp.acceptance import IID, BetaMixture, TokenPair
+from mdp.acceptance import IID, BetaMixture, MarkovModulated, TokenPair
 from mdp.cost import Affine, Table
+from mdp.gallery import gallery
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.theory import biased, check, debiased, examine, examine_many
 
@@ -188,11 +191,40 @@ def test_a_tree_too_large_is_not_decided(monkeypatch):
 
 def test_members_left_out_make_no_claim(monkeypatch):
     """With room for the high thresholds only, the best of these is no proof that the family loses."""
-    (problem,) = made("renewal", [7 + 2**13])
+    (problem,) = made("renewal", [8199])
     whole = check(problem)[1]
-    monkeypatch.setattr("mdp.families.MAX_NODES", 1200)
+    monkeypatch.setattr("mdp.families.MAX_NODES", 400)
     part = check(problem)[1]
     assert whole.status == "fails"
     assert part.status == "not applicable"
     assert part.numbers["throughput"] <= whole.numbers["throughput"]
     assert "not compared" in part.why
+
+
+class Veiled(MarkovModulated):
+    """Regimes that are not shown; stands for a process whose solver is elsewhere."""
+
+    kind = "veiled"
+    finite = False
+
+    @property
+    def visible(self):
+        return MarkovModulated(self.transition, self.accept_prob, self.initial)
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.5, "holds"), (-0.1, "fails"), (1.1, "fails")])
+def test_what_is_hidden_is_worth_less_and_more_than_nothing(monkeypatch, share, status):
+    """F8 compares three values; the middle one comes from the process's own solver, here between the others or not."""
+    chain = gallery()[0].problem.acceptance
+    problem = StoppingProblem(Veiled(chain.transition, chain.accept_prob, chain.initial), Affine(0.25, 1.0), 3)
+    nothing, seen = 23 / 14, 43 / 26
+    hidden = nothing + share * (seen - nothing)
+
+    def solve(asked):
+        shown = asked.acceptance.kind != "veiled"
+        return SimpleNamespace(bounds=(seen, seen) if shown else (hidden, hidden))
+
+    monkeypatch.setattr("mdp.theory.solve", solve)
+    facts = check(problem)
+    assert [fact.status for fact in facts] == ["not applicable"] * 7 + [status]
+    assert facts[-1].numbers["nothing"] == pytest.approx(nothing)
