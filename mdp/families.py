@@ -316,7 +316,7 @@ def optimum(problem: FiniteProblem) -> Optimum:
         >>> from mdp.cost import Affine
         >>> from mdp.problem import StoppingProblem
         >>> round(optimum(StoppingProblem(IID(0.8), Affine(0.2, 1.0), max_candidates=12).lower()).throughput, 12)
-        1.867555808656
+        1.867555555556
     """
     starts = np.flatnonzero(start_regimes(problem))
     prices, into = candidate_times(problem), starts if problem.persistent else starts[:0]

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mdp", "simulate", "realmodels", "specstop")
 LINT = Path(sys.executable).with_name("lint-imports")
 
-SOLVERS = ("mdp.lattice", "mdp.many", "mdp.price", "mdp.solve", "mdp.tabular")
+SOLVERS = ("mdp.lattice", "mdp.many", "mdp.price", "mdp.search", "mdp.solve", "mdp.tabular", "mdp.theory")
 
 VIOLATIONS = {
     "torch in mdp": ("mdp/metrics.py", "import torch", "torch and transformers stay out"),
