@@ -199,6 +199,8 @@ def _ladder(problem: FiniteProblem, index: Index, lowest: float) -> Ladder | Non
             [emitted[..., None], (nodes.mass * prices[k])[..., None], alive[..., None] * leads[:, None, :]], axis=2
         ))  # fmt: skip
     level, part = np.concatenate(levels), np.concatenate(parts)
+    if not level.size:
+        return None
     order = np.argsort(-level, kind="stable")
     level, part = level[order], part[order]
     first = np.flatnonzero(np.r_[True, -np.diff(level) > SAME * np.maximum(1.0, level[1:])])
@@ -314,7 +316,7 @@ def optimum(problem: FiniteProblem) -> Optimum:
         >>> from mdp.cost import Affine
         >>> from mdp.problem import StoppingProblem
         >>> round(optimum(StoppingProblem(IID(0.8), Affine(0.2, 1.0), max_candidates=12).lower()).throughput, 12)
-        1.867555808656
+        1.867555555556
     """
     starts = np.flatnonzero(start_regimes(problem))
     prices, into = candidate_times(problem), starts if problem.persistent else starts[:0]

@@ -164,6 +164,8 @@ def search(
         (_climb(rng, point, value, family, max_candidates, share) for value, _, point in pool), key=lambda end: end[0]
     )
     simple = shrink(best, family, KEPT * best_loss)
+    if (simple_loss := _loss(simple, family)) > best_loss:  # rounding numbers happened to lose more
+        best_loss, best = simple_loss, simple
     return _report(family, num_regimes, best, best_loss, simple, steps)
 
 

@@ -155,14 +155,17 @@ def examine(problem: StoppingProblem | FiniteProblem) -> Case:
     Raises:
         ValueError: if the exact optimum and the solver's bounds contradict each other.
     """
-    if not isinstance(problem, StoppingProblem):
-        return _case(problem, problem, True, solve(problem))
-    if problem.acceptance.finite:
-        return _case(problem, problem.lower(), True, solve(problem))
-    below, above = problem.bracket(CELLS if problem.acceptance.num_regimes == 1 else NODES)
-    solution = solve(below)
-    bounds = solution.bounds[0], solve(above).bounds[1]
-    return _case(problem, below, False, replace(solution, bounds=bounds))
+    if not isinstance(problem, StoppingProblem) or problem.acceptance.finite:
+        finite = problem.lower() if isinstance(problem, StoppingProblem) else problem
+        return _case(problem, finite, True, solve(problem))
+    # A chain worth no more than the continuous process.
+    finite = problem.bracket(CELLS if problem.acceptance.num_regimes == 1 else NODES)[0]
+    solution = solve(problem)
+    assert solution.survival_threshold is not None
+    if solution.survival_threshold.shape[1] not in (1, finite.num_regimes):
+        chain = solve(finite)  # its own thresholds; the bounds stay those of the process
+        return replace(_case(problem, finite, False, chain), bounds=solution.bounds)
+    return _case(problem, finite, False, solution)
 
 
 def examine_many(problems: Sequence[StoppingProblem | FiniteProblem]) -> list[Case]:
@@ -219,17 +222,16 @@ def check(problem: StoppingProblem | FiniteProblem | Case) -> list[Fact]:
 
 
 def _hidden(problem: StoppingProblem, process: Observed) -> list[Fact]:
-    """What holds where regimes are hidden: F8 with a symbol between the regime and nothing."""
-    told, seen = solve(problem), solve(replace(problem, acceptance=process.visible))
-    unseen = problem.unseen()
-    nothing = max(evaluate(unseen, f"fixed:{length}").throughput for length in range(unseen.max_candidates + 1))
-    holds = nothing <= told.bounds[1] * (1 + ROUNDING) and told.bounds[0] <= seen.bounds[1] * (1 + ROUNDING)
-    numbers = {"seen": seen.throughput, "symbol": told.throughput, "symbol_bounds": list(told.bounds), "nothing": nothing,
-               "gain": told.throughput / nothing - 1.0}  # fmt: skip
-    why = "regime seen, a symbol of it seen, nothing seen (then a fixed length is best), in this order"
-    out = "regimes are hidden: the rule follows the symbols, not (k, z)"
-    facts = [Fact(name, OUT, {}, out) for name in CLAIMS if name != "F8"]
-    return [*facts, Fact("F8", HOLDS if holds else FAILS, numbers, why)]
+    """Facts where the stopper sees symbols rather than regimes: F8, with the regimes seen, as given, and unseen."""
+    why = "regimes are hidden: what decides is the belief, not survival in a regime"
+    facts = [Fact(name, OUT, {}, why) for name in CLAIMS if name != "F8"]
+    shown = StoppingProblem(process.visible, problem.cost, problem.max_candidates)
+    seen, observed = solve(shown).bounds, solve(problem).bounds
+    nothing = float(families.best_lengths(shown.lower()).throughput.max())
+    holds = nothing <= observed[1] * (1 + ROUNDING) and observed[0] <= seen[1] * (1 + ROUNDING)
+    numbers = {"seen": list(seen), "observed": list(observed), "nothing": nothing, "gain": observed[0] / nothing - 1.0}
+    said = "seen is worth no less than observed, observed no less than nothing"
+    return [*facts, Fact("F8", HOLDS if holds else FAILS, numbers, said if holds else "the order is broken")]
 
 
 def _broken(case: Case, *names: Callable[[FiniteProblem], str | None]) -> list[str]:
