@@ -4,11 +4,11 @@ r"""Few numbers fitted to few published ones: mean acceptance, cost ratio, and h
 are independent, seen or not. That the points of all K agree on one $\alpha$ (`spread`) is the evidence for
 independence within a round: regimes that persist would make $\alpha$ rise with K.
 
-*Cost ratio* $r = V(0)/t_d$ from one best fixed-length speedup.
+*Cost ratio* $c = t_d/V(0)$ from one best fixed-length speedup.
 
 *Dispersion* from one speedup of the rule of SpecDec++. A calibrated head's output m is all that its user can act on,
 and acceptance given m has probability m: so what the head sees of the truth *is* the law of m. Two forms, same mean:
-`beta`, m iid Beta (`BetaMixture`, concentration c); `two_point`, m easy or hard by independent draws,
+`beta`, m iid Beta (`BetaMixture`, concentration); `two_point`, m easy or hard by independent draws,
 $m \in \{\alpha + \delta(1 - \alpha), \alpha(1 - \delta)\}$ (`two_regimes` without persistence). A noisy head is a less
 dispersed m, so with one number to fit it to, noise is no second parameter.
 """
@@ -30,9 +30,9 @@ __all__ = [
     "fixed_speedup", "rule_curve", "two_regimes",
 ]  # fmt: skip
 
-RATIOS = (1.0 + 1e-9, 1e6)
+RATIOS = (1e-6, 1.0)
 FORMS = {"beta": (-6.0, 9.0), "two_point": (1e-6, 1.0 - 1e-6)}
-"""Forms of dispersion and the range of the number fitted: ln c, where more means less dispersed, and delta."""
+"""Forms of dispersion and the range of the number fitted: ln of the concentration (more is less dispersed); delta."""
 
 CELLS = 1024  # of the head's curve while fitting: right to about 1e-5 of the speedup
 
@@ -79,9 +79,9 @@ def fit_mean_acceptance(lengths: Sequence[int], verification_rate: Sequence[floa
 
 
 def fixed_speedup(mean: float, cost_ratio: float, lengths: Sequence[int]) -> Float[np.ndarray, " N"]:
-    """Speedup of fixed lengths: E[emitted] r / (K + r)."""
+    """Speedup of fixed lengths: E[emitted] / (1 + K c)."""
     k = np.asarray(lengths)
-    return 1.0 / (_rate(mean, k) * (1.0 + k / cost_ratio))
+    return 1.0 / (_rate(mean, k) * (1.0 + k * cost_ratio))
 
 
 def best_fixed(mean: float, cost_ratio: float, lengths: Sequence[int]) -> tuple[int, float]:
@@ -91,15 +91,15 @@ def best_fixed(mean: float, cost_ratio: float, lengths: Sequence[int]) -> tuple[
 
 
 def fit_cost_ratio(mean: float, speedup: float, lengths: Sequence[int]) -> float:
-    """The r at which the best of these lengths has this speedup, which grows with r.
+    """The c at which the best of these lengths has this speedup, which falls with c.
 
     Raises:
-        ValueError: if no cost ratio above 1 gives it.
+        ValueError: if no cost ratio below 1 gives it.
     """
-    low, high = (best_fixed(mean, r, lengths)[1] for r in RATIOS)
+    high, low = (best_fixed(mean, c, lengths)[1] for c in RATIOS)
     if not low < speedup < high:
         raise ValueError(f"speedup: must lie in ({low:.4g}, {high:.4g}) at this mean acceptance, got {speedup:g}")
-    return float(optimize.brentq(lambda r: best_fixed(mean, r, lengths)[1] - speedup, *RATIOS, rtol=1e-12))
+    return float(optimize.brentq(lambda c: best_fixed(mean, c, lengths)[1] - speedup, *RATIOS, rtol=1e-12))
 
 
 def two_regimes(mean: float, dispersion: float, persistence: float) -> MarkovModulated:
@@ -131,7 +131,7 @@ def rule_curve(
     thresholds: Sequence[float], cells: int = CELLS,
 ) -> HeadCurve:  # fmt: skip
     """The rule's curve in units of a target call, so that throughput is speedup."""
-    problem = StoppingProblem(dispersed(form, mean, number), Affine(1.0 / cost_ratio, 1.0), most)
+    problem = StoppingProblem(dispersed(form, mean, number), Affine(cost_ratio, 1.0), most)
     return head_curve(problem, rule, np.asarray(thresholds), cells=cells)
 
 

@@ -27,7 +27,7 @@ from scipy import special
 from mdp.acceptance import BetaMixture
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["HeadCurve", "HeadRule", "best_seen_threshold", "head_curve", "unweighted", "weighted"]
+__all__ = ["HeadCurve", "HeadRule", "best_seen_threshold", "fixed_curve", "head_curve", "unweighted", "weighted"]
 
 MERGE = 2.0**44
 TIE = 1e-12
@@ -195,8 +195,20 @@ def _ahead(problem: FiniteProblem, begin: int, end: int) -> np.ndarray:
     return value
 
 
+def fixed_curve(problem: StoppingProblem | FiniteProblem) -> Float[np.ndarray, " K+1"]:
+    """Throughput of every fixed length 0..K, for rounds that renew."""
+    finite = problem.unseen() if isinstance(problem, StoppingProblem) else problem
+    if finite.persistent:
+        raise ValueError("coupling: the curve of fixed lengths needs rounds that renew")
+    alive, emitted = finite.initial, [1.0]
+    for accept_prob in finite.accept_prob:
+        alive = (alive @ finite.transition) * accept_prob
+        emitted.append(emitted[-1] + float(alive.sum()))
+    return np.array(emitted) / finite.round_time
+
+
 def _continuous(problem: StoppingProblem, law: BetaMixture, rule: HeadRule, thresholds, cells: int) -> HeadCurve:
-    """Sums of n independent -ln(output) on a grid: split between neighbours so that means stay, and rounded both ways."""
+    """Sums of n independent -ln(output) on a grid: in the middle, and rounded both ways."""
     finite, depth, mean = problem.unseen(), int(problem.max_candidates), law.mean
     if min(law.shapes) == 0.0:
         return _finite(finite, rule, thresholds, None)

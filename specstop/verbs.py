@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mdp.policy import PolicySpec
     from mdp.trace import Trace
 
-__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
+__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve", "study"]
 
 DONE, NOT_CONVERGED = 0, 3
 
@@ -255,6 +255,15 @@ def demo(args: Namespace) -> int:
 
     summary = run(args.out, quick=args.quick)
     emit(json_line(summary) if args.json else headline(summary, args.out))
+    return DONE
+
+
+def study(args: Namespace) -> int:
+    """One of the studies of the theory."""
+    from specstop.studies import STUDIES
+
+    result = STUDIES[args.name].run(args.quick)
+    emit(json_line({"study": args.name, **result}) if args.json else STUDIES[args.name].text(result))
     return DONE
 
 

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mdp", "simulate", "realmodels", "specstop")
 LINT = Path(sys.executable).with_name("lint-imports")
 
-SOLVERS = ("mdp.lattice", "mdp.many", "mdp.price", "mdp.solve", "mdp.tabular")
+SOLVERS = (
+    "mdp.information", "mdp.lattice", "mdp.many", "mdp.phase", "mdp.price", "mdp.self_tuning", "mdp.solve",
+    "mdp.tabular",
+)  # fmt: skip
 
 VIOLATIONS = {
     "torch in mdp": ("mdp/metrics.py", "import torch", "torch and transformers stay out"),
