@@ -13,8 +13,8 @@ $m \in \{\alpha + \delta(1 - \alpha), \alpha(1 - \delta)\}$ (`two_regimes` witho
 dispersed m, so with one number to fit it to, noise is no second parameter.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -27,7 +27,7 @@ from mdp.problem import StoppingProblem
 
 __all__ = [
     "FORMS", "MeanAcceptance", "best_fixed", "dispersed", "fit_cost_ratio", "fit_dispersion", "fit_mean_acceptance",
-    "fixed_speedup", "rule_curve", "two_regimes",
+    "fixed_speedup", "least", "root", "rule_curve", "two_regimes",
 ]  # fmt: skip
 
 RATIOS = (1e-6, 1.0)
@@ -45,9 +45,21 @@ class MeanAcceptance(NamedTuple):
     worst_misfit: float
 
 
-def _rate(mean: float, lengths: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+def root(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function that changes sign between low and high is 0."""
+    found: Any = optimize.brentq(function, low, high, xtol=1e-12)
+    return float(found)
+
+
+def least(function: Callable[[float], float], low: float, high: float) -> float:
+    """Where a function with one minimum between low and high has it."""
+    found: Any = optimize.minimize_scalar(function, bounds=(low, high), method="bounded", options={"xatol": 1e-12})
+    return float(found.x)
+
+
+def _rate(mean: float, lengths: Any) -> Any:
     """Target calls per token of fixed lengths K: 1 over the sum of mean^0 .. mean^K."""
-    return np.array([1.0 / (mean ** np.arange(int(k) + 1)).sum() for k in lengths])
+    return 1.0 / np.vectorize(lambda k: (mean ** np.arange(k + 1)).sum(), otypes=[float])(lengths)
 
 
 def fit_mean_acceptance(lengths: Sequence[int], verification_rate: Sequence[float]) -> MeanAcceptance:
@@ -66,15 +78,12 @@ def fit_mean_acceptance(lengths: Sequence[int], verification_rate: Sequence[floa
     bad = v[~((v > 1 / (k + 1)) & (v < 1))]
     if bad.size:
         raise ValueError(f"verification_rate: must lie in (1/(K + 1), 1), got {bad[0]:g}")
-    single = [
-        optimize.brentq(lambda a, k=k_, v=v_: _rate(a, [k])[0] - v, 0.0, 1.0) for k_, v_ in zip(k, v, strict=True)
-    ]
+    single = [root(lambda a, k=k_, v=v_: _rate(a, k) - v, 0.0, 1.0) for k_, v_ in zip(k, v, strict=True)]
     spread = (min(single), max(single))
     if spread[1] - spread[0] < 1e-9:
-        mean = float(np.mean(spread))
+        mean = sum(spread) / 2
     else:
-        loss = lambda a: (np.log(_rate(a, k) / v) ** 2).sum()  # noqa: E731
-        mean = float(optimize.minimize_scalar(loss, bounds=spread, method="bounded", options={"xatol": 1e-12}).x)
+        mean = least(lambda a: float((np.log(_rate(a, k) / v) ** 2).sum()), *spread)
     return MeanAcceptance(mean, spread, float(np.abs(_rate(mean, k) / v - 1.0).max()))
 
 
@@ -99,7 +108,7 @@ def fit_cost_ratio(mean: float, speedup: float, lengths: Sequence[int]) -> float
     high, low = (best_fixed(mean, c, lengths)[1] for c in RATIOS)
     if not low < speedup < high:
         raise ValueError(f"speedup: must lie in ({low:.4g}, {high:.4g}) at this mean acceptance, got {speedup:g}")
-    return float(optimize.brentq(lambda c: best_fixed(mean, c, lengths)[1] - speedup, *RATIOS, rtol=1e-12))
+    return root(lambda c: best_fixed(mean, c, lengths)[1] - speedup, *RATIOS)
 
 
 def two_regimes(mean: float, dispersion: float, persistence: float) -> MarkovModulated:
@@ -152,4 +161,4 @@ def fit_dispersion(
     if ends[0] * ends[1] > 0:
         span = sorted(end + speedup for end in ends)
         raise ValueError(f"speedup: must lie in {span[0]:.4g}..{span[1]:.4g} for {form} dispersion, got {speedup:g}")
-    return float(optimize.brentq(excess, low, high, xtol=1e-9))
+    return root(excess, low, high)

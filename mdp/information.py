@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize
 
 from mdp.acceptance import MarkovModulated
+from mdp.calibrate import least, root
 from mdp.cost import Affine
 from mdp.head_rule import fixed_curve
 from mdp.problem import FiniteProblem, StoppingProblem
@@ -147,7 +147,7 @@ def _extra(world: World, value: Value, throughput: float, goal: float) -> float 
     most = max(world.verify_time - world.draft_time, 0.0)
     if value(world.draft_time + most)[0] >= goal * (1.0 - CLOSE):
         return None
-    return float(optimize.brentq(lambda x: value(world.draft_time + x)[0] - goal, 0.0, most, xtol=1e-8))
+    return root(lambda x: value(world.draft_time + x)[0] - goal, 0.0, most)
 
 
 def _coin(problem: FiniteProblem) -> float:
@@ -165,8 +165,7 @@ def _coin(problem: FiniteProblem) -> float:
     grid = np.linspace(0.0, 1.0, 201)
     near = int(np.argmax([earned(go) for go in grid]))
     around = (grid[max(near - 1, 0)], grid[min(near + 1, 200)])
-    fine = optimize.minimize_scalar(lambda go: -earned(go), bounds=around, method="bounded", options={"xatol": 1e-12})
-    return max(earned(float(fine.x)), earned(grid[near]))
+    return max(earned(least(lambda go: -earned(go), *around)), earned(grid[near]))
 
 
 def _clairvoyant(problem: FiniteProblem) -> float:

@@ -210,5 +210,5 @@ def counterexample() -> StoppingProblem:
         >>> round(found.throughput * 29, 9), round(found.best * 7, 9)
         (50.0, 13.0)
     """
-    chain = MarkovModulated([[1.0, 0.0], [0.5, 0.5]], [1.0, 0.0], [0.5, 0.5])
+    chain = MarkovModulated(np.array([[1.0, 0.0], [0.5, 0.5]]), np.array([1.0, 0.0]), np.array([0.5, 0.5]))
     return StoppingProblem(chain, Affine(0.3, 1.0), max_candidates=3)

@@ -23,6 +23,7 @@ from mdp.calibrate import (
     fit_dispersion,
     fit_mean_acceptance,
     fixed_speedup,
+    root,
     rule_curve,
 )
 from mdp.cost import Affine
@@ -237,9 +238,7 @@ def _measured_speedup(name: str, cost_ratio: float) -> float:
 
 
 def _measured_ratio(speedup: float) -> float:
-    from scipy.optimize import brentq
-
-    return float(brentq(lambda ratio: _measured_speedup(FIRST, ratio) - speedup, 1e-3, 1.0))  # type: ignore[arg-type]
+    return root(lambda ratio: _measured_speedup(FIRST, ratio) - speedup, 1e-3, 1.0)
 
 
 def _curves(name: str, fit: _Fit, corners: list[_Fit]) -> dict[str, Any]:

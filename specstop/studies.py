@@ -79,12 +79,13 @@ def _phase_text(result: Mapping[str, Any]) -> str:
         f"{result['num_open']} problems left open."
     ]
     titles = {"gain_of_optimum": "optimum", "gain_of_threshold": "best constant threshold on survival"}
+    gains = {name: np.asarray(result[name]) for name in titles}
     for c, ratio in enumerate(result["cost_ratio"]):
         for name, title in titles.items():
             rows = [
                 {"dispersion": f"{spread:g}"}
                 | {
-                    f"{staying:g}": f"{round(100 * result[name][d, p, c], 2) + 0.0:.2f}"
+                    f"{staying:g}": f"{round(100 * gains[name][d, p, c], 2) + 0.0:.2f}"
                     for p, staying in enumerate(result["persistence"])
                 }
                 for d, spread in enumerate(result["dispersion"])
@@ -131,7 +132,7 @@ def _self_tuning(quick: bool) -> dict[str, Any]:
     def grid(best: float) -> np.ndarray:
         return np.linspace(0.5, 1.1 * best, 100 if quick else 600)
 
-    rounds = (10, 100) if quick else (10, 100, 1000, 10000)
+    rounds = (10, 30) if quick else (10, 100, 1000, 10000)
     chain, three = heads(two_regimes(MEAN, DISPERSION, PERSISTENCE), ACCURACY, WEIGHT)
     problem = StoppingProblem(chain, Affine(COST_RATIO, 1.0), max_candidates=6 if quick else 12)
     finite = problem.lower()
