@@ -33,7 +33,7 @@ from mdp.head_rule import fixed_curve
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.solve import SolveStatus, solve
 
-__all__ = ["Rung", "World", "ladder"]
+__all__ = ["Rung", "World", "value_of_information"]
 
 MAX_LEAVES = 2**20
 MAX_STEPS = 100
@@ -87,7 +87,9 @@ Value = Callable[[float], tuple[float, tuple[float, float], bool]]
 """Draft time to throughput, bounds, and whether the bounds closed."""
 
 
-def ladder(world: World, accuracies: Sequence[float] = (0.6, 0.75, 0.9), *, tol: float = 1e-7) -> list[Rung]:
+def value_of_information(
+    world: World, accuracies: Sequence[float] = (0.6, 0.75, 0.9), *, tol: float = 1e-7
+) -> list[Rung]:
     """All rungs in order, one `head` per accuracy (P(reading = regime); errors fall evenly on the other regimes).
 
     With two regimes a reading has balanced accuracy, and AUROC, equal to `accuracy`.

@@ -56,7 +56,8 @@ class _Fit:
 
     def __init__(self, form: str, rates: int = 0, fixed: int = 0, specdec: int = 0) -> None:
         first = DATASETS[FIRST]
-        self.form, self.signs = form, (rates, fixed, specdec)
+        self.form = form
+        self._on_grid: dict[float, HeadCurve] = {}
         self.mean = _mean(FIRST, rates)
         self.cost_ratio = fit_cost_ratio(self.mean, _end(first.best_fixed, fixed), FIXED_LENGTHS)
         self.number = fit_dispersion(
@@ -66,6 +67,12 @@ class _Fit:
     def means(self, name: str, ends: Iterable[int] = (-1, 1)) -> list[float]:
         """Mean acceptances of a dataset at these ends of its points; the fitted dataset has moved already."""
         return [self.mean] if name == FIRST else [_mean(name, sign) for sign in ends]
+
+    def on_grid(self, mean: float) -> HeadCurve:
+        """The released rule at the thresholds that were searched."""
+        if mean not in self._on_grid:
+            self._on_grid[mean] = self.curve(mean)
+        return self._on_grid[mean]
 
     def curve(
         self, mean: float, thresholds: Iterable[float] = RULE.thresholds, rule: HeadRule = HEAD, **fineness: int
@@ -159,14 +166,14 @@ def _predictions(fit: _Fit, corners: list[_Fit]) -> Iterable[dict[str, Any]]:
     value, at = over(FIRST, lambda one, mean: _oracle(one.cost_ratio, 1.0 - mean))
     yield _row("oracle speedup from the mean", FIRST, value, at, ORACLE.speedup)
     for name in OTHERS:
-        yield _row("SpecDec++ speedup", name, *over(name, lambda one, mean: float(one.curve(mean).throughput.max())),
+        yield _row("SpecDec++ speedup", name, *over(name, lambda one, mean: float(one.on_grid(mean).throughput.max())),
                    DATASETS[name].specdec)  # fmt: skip
     for name in OTHERS:
         yield _row("gain over best fixed K", name, *over(name, _gain), DATASETS[name].gain)
     tuned = Figure(RULE.threshold, 0.0, RULE.tag, RULE.source)
     for name in DATASETS:
         yield _row("best threshold h of the grid", name,
-                   *over(name, lambda one, mean: RULE.thresholds[one.curve(mean).best]), tuned)  # fmt: skip
+                   *over(name, lambda one, mean: RULE.thresholds[one.on_grid(mean).best]), tuned)  # fmt: skip
     for name in DATASETS:
         yield _row("share of the best w, h at w = 6, h = .7 (at least)", name, *over(name, _share), RULE.share_of_best,
                    at_least=True)  # fmt: skip
@@ -186,7 +193,7 @@ def _oracle(cost_ratio: float, verification_rate: float) -> float:
 
 
 def _gain(one: _Fit, mean: float) -> float:
-    return float(one.curve(mean).throughput.max()) / best_fixed(mean, one.cost_ratio, FIXED_LENGTHS)[1] - 1.0
+    return float(one.on_grid(mean).throughput.max()) / best_fixed(mean, one.cost_ratio, FIXED_LENGTHS)[1] - 1.0
 
 
 def _share(one: _Fit, mean: float) -> float:

@@ -57,7 +57,7 @@ def _paper_text(result: Mapping[str, Any]) -> str:
         "THE SAME with another choice\n" + table(others),
         f"Missed (beyond the interval): {len(result['missed'])} of {len(against)}: {'; '.join(result['missed'])}.\n"
         f"Largest error: {largest['quantity']}, {largest['dataset']}, {_percent(largest['error'])}.",
-        "\n".join(f"- {note}" for note in result["notes"]),
+        "\n".join(f"- {note}" for note in [*result["notes"], "frontiers (v, d, speedup) with intervals: --json"]),
     ))  # fmt: skip
 
 
@@ -96,11 +96,11 @@ def _phase_text(result: Mapping[str, Any]) -> str:
 
 def _information(quick: bool) -> dict[str, Any]:
     from mdp.calibrate import two_regimes
-    from mdp.information import World, ladder
+    from mdp.information import World, value_of_information
 
     chain = two_regimes(MEAN, DISPERSION, PERSISTENCE)
     world = World(chain, TOKEN_DISPERSION, COST_RATIO, 1.0, max_candidates=5 if quick else 12)
-    rungs = ladder(world, (0.75,) if quick else (0.6, 0.75, 0.9))
+    rungs = value_of_information(world, (0.75,) if quick else (0.6, 0.75, 0.9))
     about = {"mean": MEAN, "dispersion": DISPERSION, "persistence": PERSISTENCE, "token_dispersion": TOKEN_DISPERSION,
              "cost_ratio": COST_RATIO, "max_candidates": world.max_candidates}  # fmt: skip
     return {"world": about, "rungs": [rung._asdict() for rung in rungs]}

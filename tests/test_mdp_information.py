@@ -11,8 +11,9 @@ from strategies import distributions, stochastic_matrices, tame_probabilities
 
 from mdp.acceptance import MarkovModulated
 from mdp.calibrate import two_regimes
+from mdp.cost import Table
 from mdp.evaluate import evaluate
-from mdp.information import World, _clairvoyant, _coin, _readings, channel, ladder
+from mdp.information import World, _clairvoyant, _coin, _readings, channel, value_of_information
 from mdp.problem import StoppingProblem
 from mdp.solve import solve
 
@@ -26,7 +27,7 @@ def in_order(rungs):
 
 @pytest.fixture(scope="module")
 def rungs():
-    return ladder(WORLD, (0.5, 0.7, 0.9, 1.0))
+    return value_of_information(WORLD, (0.5, 0.7, 0.9, 1.0))
 
 
 def test_the_ladder_is_monotone_and_can_fail(rungs):
@@ -106,6 +107,23 @@ def test_clairvoyance_is_the_oracle_where_drafting_is_cheap():
     assert evaluate(dear, "oracle").throughput < 0.99 and _clairvoyant(dear.lower()) == 1.0
 
 
+def test_clairvoyance_against_every_choice():
+    # one candidate alone is dear to verify, three are cheap: it must not draft all that would be accepted
+    problem = StoppingProblem(WORLD.chain, Table(0.3, [1.0, 3.0, 1.5, 1.2]), 3).lower()
+    alive = [1.0]
+    for k in range(1, 4):
+        law = evaluate(problem, f"fixed:{k}").tally.num_emitted
+        alive.append(law - 1.0 - sum(alive[1:]))
+    exactly = np.append(-np.diff(alive), alive[-1])  # P(just so many would be accepted)
+    ratios = {}
+    for choice in itertools.product(*(range(most + 1) for most in range(4))):
+        lengths = np.array(choice)
+        ratios[choice] = (exactly @ (1.0 + lengths)) / (exactly @ problem.round_time[lengths])
+    best = max(ratios, key=lambda choice: ratios[choice])
+    assert best != (0, 1, 2, 3)
+    assert _clairvoyant(problem) == pytest.approx(ratios[best], rel=1e-12)
+
+
 def test_splitting_tokens_keeps_every_regimes_mean():
     problem, fine = WORLD.regimes().lower(), WORLD.tokens().lower()
     coarse = fine.next_accept_prob[0].reshape(2, 2)
@@ -129,11 +147,11 @@ def test_extra_time_spends_the_gain(rungs):
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="accuracies: must increase"):
-        ladder(WORLD, (0.9, 0.7))
+        value_of_information(WORLD, (0.9, 0.7))
     with pytest.raises(ValueError, match="accuracies: must increase"):
-        ladder(WORLD, (0.2,))
+        value_of_information(WORLD, (0.2,))
     with pytest.raises(ValueError, match="too many to enumerate"):
-        ladder(WORLD._replace(max_candidates=30))
+        value_of_information(WORLD._replace(max_candidates=30))
     with pytest.raises(ValueError, match="token_dispersion"):
-        ladder(WORLD._replace(token_dispersion=2.0))
+        value_of_information(WORLD._replace(token_dispersion=2.0))
     assert isinstance(WORLD.tokens(), StoppingProblem)
