@@ -58,7 +58,18 @@ def test_published_figures_agree_with_each_other():
 
 def test_the_prediction_table(study):
     result = study("paper")
-    assert {"study", "fitted", "predicted", "missed", "largest_error", "alternatives", "curves", "notes"} == set(result)
+    assert {
+        "study",
+        "fitted",
+        "predicted",
+        "missed",
+        "largest_error",
+        "alternatives",
+        "numerical",
+        "curves",
+        "notes",
+    } == set(result)
+    assert result["numerical"]["error"] < 1e-4 and result["numerical"]["proven_width"] < 1e-3
     fitted = {(row["quantity"], row["dataset"]) for row in result["fitted"]}
     predicted = {(row["quantity"], row["dataset"]): row for row in result["predicted"]}
     assert not fitted & set(predicted)
