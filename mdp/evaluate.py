@@ -144,10 +144,8 @@ def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Floa
     return laws[0]
 
 
-def round_law(problem: FiniteProblem, policy: Policy, shown: Float[np.ndarray, "K Z"] | None = None) -> RoundLaw:
+def round_law(problem: FiniteProblem, policy: Policy) -> RoundLaw:
     """What one round earns and where the next one starts, exactly.
-
-    `shown` replaces `accept_prob` in all that the rule is told (a biased head), but not in what happens.
 
     Raises:
         ValueError: if the rule keeps state, needs what a problem does not show, or the tree is too large.
@@ -163,8 +161,7 @@ def round_law(problem: FiniteProblem, policy: Policy, shown: Float[np.ndarray, "
         raise ValueError(f"policy {name!r} remembers past rounds; simulate it instead")
     state = policy.init()
     size, depth = problem.num_regimes, problem.max_candidates
-    told = problem.accept_prob if shown is None else shown
-    next_accept_prob = told @ problem.transition.T
+    next_accept_prob = problem.next_accept_prob
     bonus = problem.bonus if problem.bonus is not None else np.zeros((size, 0))
     rejection = problem.rejection if problem.rejection is not None else np.zeros((size, 0))
     states = _States(np.arange(size), np.ones(size) if "survival" in needs(policy) else None, starts.T, starts.T)
@@ -178,7 +175,7 @@ def round_law(problem: FiniteProblem, policy: Policy, shown: Float[np.ndarray, "
                 survival=states.survival,
                 next_accept_prob=next_accept_prob[k][states.regime],
                 regime=states.regime,
-                token_accept_prob=told[k - 1][states.regime] if k else np.ones(len(states.regime)),
+                token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
             )
             new_state, answer = policy.stop(state, observation)
             if new_state is not state:
@@ -197,7 +194,7 @@ def round_law(problem: FiniteProblem, policy: Policy, shown: Float[np.ndarray, "
         into = _flow(problem, states)
         emitted += into @ accept
         next_start += (into * (1.0 - accept)) @ rejection
-        states = _branch(problem.transition, accept, told[k], states)
+        states = _branch(problem.transition, accept, states)
     return RoundLaw(emitted, time, drafted, next_start)
 
 
@@ -224,8 +221,8 @@ def _flow(problem: FiniteProblem, states: _States) -> np.ndarray:
     return by_regime.T @ problem.transition
 
 
-def _branch(transition: np.ndarray, accept: np.ndarray, told: np.ndarray, states: _States) -> _States:
-    """Every state's children, merged where they agree in all that the rule reads; `told` makes its survival."""
+def _branch(transition: np.ndarray, accept: np.ndarray, states: _States) -> _States:
+    """Every state's children, merged where they agree in all that the rule reads."""
     size = len(transition)
     if states.survival is None:
         mass, alive = (transition[states.regime].T @ part for part in (states.mass, states.alive))
@@ -239,7 +236,7 @@ def _branch(transition: np.ndarray, accept: np.ndarray, told: np.ndarray, states
         )
     parent = np.repeat(np.arange(len(degree)), degree)
     child = np.concatenate([np.flatnonzero(row) for row in possible[states.regime]]) if total else parent
-    survival = states.survival[parent] * told[child]
+    survival = states.survival[parent] * accept[child]
     key = np.rint(survival * MERGE).astype(np.int64) * size + child
     _, first, group = np.unique(key, return_index=True, return_inverse=True)
     weight = transition[states.regime[parent], child][:, None]

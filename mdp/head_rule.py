@@ -27,7 +27,16 @@ from scipy import special
 from mdp.acceptance import BetaMixture
 from mdp.problem import FiniteProblem, StoppingProblem
 
-__all__ = ["HeadCurve", "HeadRule", "best_seen_threshold", "fixed_curve", "head_curve", "unweighted", "weighted"]
+__all__ = [
+    "HeadCurve",
+    "HeadRule",
+    "best_seen_threshold",
+    "fixed_curve",
+    "head_curve",
+    "told_throughput",
+    "unweighted",
+    "weighted",
+]
 
 MERGE = 2.0**44
 TIE = 1e-12
@@ -152,27 +161,70 @@ def _assemble(problem: FiniteProblem, threshold, reach, kept, reach_bounds=None,
     return HeadCurve(threshold, emitted, drafted, time, lower, upper)
 
 
+def told_throughput(
+    problem: FiniteProblem, survival_threshold: Float[np.ndarray, "K Z"], output: Float[np.ndarray, "... Z"]
+) -> float:
+    """What a table earns whose survival is the product of these outputs [Z] or [K, Z]; rounds renew."""
+    shown = np.broadcast_to(output, problem.accept_prob.shape)
+    states = _start(problem)
+    emitted, time = 1.0, 0.0
+    for k in range(problem.max_candidates + 1):
+        goes_on = np.zeros(len(states.regime), dtype=bool)
+        if k < problem.max_candidates:
+            goes_on = states.product >= survival_threshold[k, states.regime] - TIE
+        time += problem.verify_time[k] * states.mass[~goes_on].sum()
+        states = _States(*(part[goes_on] for part in states))
+        if len(states.regime) == 0:
+            break
+        time += problem.draft_time * states.mass.sum()
+        states = _branch(problem, k, shown, states)
+        emitted += states.alive.sum()
+    return float(emitted / time)
+
+
+class _States(NamedTuple):
+    """Rounds that agree in regime and product of outputs: their mass, and their mass with nothing rejected."""
+
+    regime: np.ndarray
+    product: np.ndarray
+    mass: np.ndarray
+    alive: np.ndarray
+
+
+def _start(problem: FiniteProblem) -> _States:
+    size = problem.num_regimes
+    return _States(np.arange(size), np.ones(size), problem.initial, problem.initial)
+
+
+def _branch(problem: FiniteProblem, k: int, shown: np.ndarray, states: _States) -> _States:
+    """Candidate k + 1 is drafted everywhere; what agrees is merged."""
+    size = problem.num_regimes
+    weight = problem.transition[states.regime]
+    product = np.outer(states.product, shown[k])
+    mass, alive = states.mass[:, None] * weight, states.alive[:, None] * weight * problem.accept_prob[k]
+    possible = mass > 0
+    regime = np.broadcast_to(np.arange(size), weight.shape)[possible]
+    key = np.rint(product[possible] * MERGE).astype(np.int64) * size + regime
+    if len(key) > MAX_STATES:
+        raise ValueError(f"the problem is too large for exact evaluation ({len(key)} states at one depth)")
+    _, first, group = np.unique(key, return_index=True, return_inverse=True)
+    mass, alive = (np.bincount(group, part[possible], len(first)) for part in (mass, alive))
+    return _States(regime[first], product[possible][first], mass, alive)
+
+
 def _finite(problem: FiniteProblem, rule: HeadRule, thresholds, output) -> HeadCurve:
-    """Merged paths: at each depth the states' regime, product of outputs, mass and mass with nothing rejected."""
-    depth, size = problem.max_candidates, problem.num_regimes
-    shown = weighted(problem.accept_prob, rule.weight) if output is None else np.tile(output, (depth, 1))
-    regime, product, mass, alive = np.arange(size), np.ones(size), problem.initial, problem.initial
-    layers = [(regime, product, mass, alive)]
+    """All thresholds: at each depth the states in order of their products, summed up to each threshold."""
+    depth = problem.max_candidates
+    shown = (
+        weighted(problem.accept_prob, rule.weight)
+        if output is None
+        else np.broadcast_to(output, (depth, problem.num_regimes))
+    )
+    layers = [_start(problem)]
     for k in range(depth - 1):
-        product = np.outer(product, np.ones(size)) * shown[k]
-        weight = problem.transition[regime]
-        mass, alive = mass[:, None] * weight, alive[:, None] * weight * problem.accept_prob[k]
-        regime = np.broadcast_to(np.arange(size), weight.shape)
-        possible = mass > 0
-        key = np.rint(product[possible] * MERGE).astype(np.int64) * size + regime[possible]
-        if len(key) > MAX_STATES:
-            raise ValueError(f"the problem is too large for exact evaluation ({len(key)} states at one depth)")
-        _, first, group = np.unique(key, return_index=True, return_inverse=True)
-        regime, product = regime[possible][first], product[possible][first]
-        mass, alive = (np.bincount(group, part[possible], len(first)) for part in (mass, alive))
-        layers.append((regime, product, mass, alive))
+        layers.append(_branch(problem, k, shown, layers[-1]))
     if thresholds is None:
-        values = np.unique(np.rint(np.concatenate([layer[1] for layer in layers]) * MERGE) / MERGE)
+        values = np.unique(np.rint(np.concatenate([layer.product for layer in layers]) * MERGE) / MERGE)
         thresholds = 1.0 - values[values > 0][::-1]
     level = 1.0 - thresholds - TIE
     reach, kept = np.ones((2, depth, len(thresholds)))

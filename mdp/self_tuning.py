@@ -1,7 +1,7 @@
 r"""Self-tuning: the throughput so far in place of the one nobody knows (theory, F7).
 
 A *family* gives a stopping table for each rate $\rho$. Played at $\rho_n$ = emitted / time of the rounds so far, its
-long run follows $M(\rho)$, the throughput of the rule for $\rho$ (exact, `mdp.evaluate`): rounds renew, so
+long run follows $M(\rho)$, the throughput of the rule for $\rho$ (exact, `mdp.head_rule`): rounds renew, so
 $E[\text{emitted}] - \rho E[\text{time}]$ has the sign of $M(\rho) - \rho$, and $\rho_n$ can only settle where that goes
 from + to -. If the rule at $\rho$ maximises $E[\text{emitted}] - \rho E[\text{time}]$ over the family (the optimal
 table; look-ahead in the monotone case) there is one such rate, the family's best. For a heuristic evaluated at $\rho$
@@ -20,10 +20,8 @@ from jaxtyping import Float
 
 from mdp.acceptance import MarkovModulated
 from mdp.cost import Affine
-from mdp.evaluate import round_law
-from mdp.head_rule import HeadRule, head_curve, weighted
+from mdp.head_rule import HeadRule, head_curve, told_throughput, weighted
 from mdp.knots import even_and_kinks, place
-from mdp.policy import ThresholdTable
 from mdp.price import lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 
@@ -114,11 +112,10 @@ def settle(
     """
     if problem.persistent:
         raise ValueError("coupling: self-tuning is exact for rounds that renew only")
-    shown = None if output is None else np.tile(output, (problem.max_candidates, 1))
+    shown = problem.accept_prob if output is None else output
 
     def realised(rate: float) -> float:
-        law = round_law(problem, ThresholdTable(family(rate)), shown)
-        return float(law.emitted[0] / law.time[0])
+        return told_throughput(problem, family(rate), shown)
 
     plain = 1.0 / float(problem.verify_time[0])
     # every rate above the optimum is above M; the first grid finds how high M gets

@@ -287,7 +287,7 @@ def test_every_way_to_name_a_rule_is_the_same_rule():
 
 MUTANTS = {
     "V(k) is off by one": ("problem.verify_time[k] * states", "problem.verify_time[k - 1] * states"),
-    "survival is reset by each candidate": ("states.survival[parent] * told[child]", "told[child]"),
+    "survival is reset by each candidate": ("states.survival[parent] * accept[child]", "accept[child]"),
     "the rejected candidate's survival is kept": ("(into * (1.0 - accept))", "into"),
     "the bonus leads where a rejection would": ("@ bonus[states.regime[stops]]", "@ rejection[states.regime[stops]]"),
     "a step behind a stop is paid": ("going_on = states.mass.sum(axis=0)", "going_on = starts.sum(axis=1)"),
