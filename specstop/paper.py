@@ -134,7 +134,7 @@ RULE = Rule(
     thresholds=(0.1, 0.3, 0.5, 0.7, 0.9),
     weights=(1.0, 3.0, 6.0, 12.0),
     share_of_best=Figure(
-        0.993, 0.0005, "note", "one shared setting (w = 6, D = 3, h = .7) reaches at least this share"
+        0.993, 0.0005, "note/README", "one shared setting (w = 6, D = 3, h = .7) reaches at least this share"
     ),
     tag="note/README",
     source="the one setting shared by all datasets; lag and bounds: hf_generation.py [code]",
