@@ -32,6 +32,7 @@ from scipy.optimize import minimize_scalar
 from mdp import conditions, families
 from mdp.acceptance import Observed
 from mdp.evaluate import evaluate
+from mdp.head_rule import unweighted
 from mdp.knots import even_and_kinks, place
 from mdp.many import solve_many
 from mdp.policy import ThresholdTable
@@ -39,7 +40,7 @@ from mdp.price import lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.solve import THRESHOLD_TOLERANCE, Solution, SolveStatus, solve
 
-__all__ = ["CLAIMS", "Case", "Fact", "biased", "check", "debiased", "examine", "examine_many"]
+__all__ = ["CLAIMS", "Case", "Fact", "check", "examine", "examine_many"]
 
 LOSS = 1e-9
 """A family of rules that loses more of the best throughput than this is not optimal."""
@@ -373,21 +374,6 @@ def fixed_length(case: Case) -> Fact:
     )  # fmt: skip
 
 
-def biased(accept_prob: Any, weight: float) -> Any:
-    """What a head trained with this weight on rejections answers for a true acceptance probability."""
-    return accept_prob / (accept_prob + weight * (1.0 - accept_prob))
-
-
-def debiased(predicted: Any, weight: float) -> Any:
-    """The acceptance probability behind the answer of a head trained with this weight on rejections.
-
-    Example:
-        >>> round(1 - debiased(1 - 0.7, weight=6), 2)  # SpecDec++'s threshold, token by token
-        0.28
-    """
-    return weight * predicted / (1.0 - predicted + weight * predicted)
-
-
 def weighted_head(case: Case) -> Fact:
     """F6: the minimiser of the weighted loss at each regime's acceptance, found by number and by formula."""
     inside = np.unique(np.clip(case.finite.accept_prob[0], 0.01, 0.99))
@@ -400,9 +386,9 @@ def weighted_head(case: Case) -> Fact:
         minimize_scalar(loss, bounds=(-30, 30), args=(a,), method="bounded", options={"xatol": 1e-10}) for a in shown
     ]
     answer = 1.0 / (1.0 + np.exp(-np.array([best.x for best in found])))  # type: ignore[union-attr]
-    error = float(np.abs(debiased(answer, WEIGHT) - shown).max())
+    error = float(np.abs(unweighted(answer, WEIGHT) - shown).max())
     numbers = {"weight": WEIGHT, "error": error, "published_threshold": PUBLISHED,
-               "means": 1.0 - debiased(1.0 - PUBLISHED, WEIGHT)}  # fmt: skip
+               "means": 1.0 - unweighted(1.0 - PUBLISHED, WEIGHT)}  # fmt: skip
     why = f"a head that sees the regime, {len(shown)} acceptances, per token"
     return Fact("F6", HOLDS if error <= 1e-6 else FAILS, numbers, why)
 

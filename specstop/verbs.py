@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mdp.policy import PolicySpec
     from mdp.trace import Trace
 
-__all__ = ["check", "decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve",
-           "sweep"]  # fmt: skip
+__all__ = [
+    "check", "decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve", "study", "sweep",
+]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
 
@@ -331,6 +332,15 @@ def check(args: Namespace) -> int:
     from specstop.check import run
 
     return run(args)
+
+
+def study(args: Namespace) -> int:
+    """One of the studies of the theory."""
+    from specstop.studies import STUDIES
+
+    result = STUDIES[args.name].run(args.quick)
+    emit(json_line({"study": args.name, **result}) if args.json else STUDIES[args.name].text(result))
+    return DONE
 
 
 def schema(args: Namespace) -> int:

@@ -13,7 +13,9 @@ from specstop import verbs
 from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
-VERBS = ("solve", "evaluate", "simulate", "check", "record", "replay", "decode", "demo", "schema", "policies")
+VERBS = (
+    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "decode", "demo", "schema", "policies",
+)  # fmt: skip
 
 
 @pytest.fixture

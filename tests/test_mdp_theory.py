@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from theory_problems import SHARE, Numbers, batches, budget, made
 
-from mdp.acceptance import IID, BetaMixture, LogitAR, MarkovModulated, Observed, TokenPair
+from mdp.acceptance import IID, BetaMixture, LogitAR, Observed, TokenPair
 from mdp.cost import Affine, Table
 from mdp.gallery import gallery
+from mdp.head_rule import unweighted, weighted
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.theory import biased, check, debiased, examine, examine_many
+from mdp.theory import check, examine, examine_many
 
 GENERAL = (
     laws.optimum_is_enumerated, laws.optimal_table_earns_the_optimum, laws.value_changes_sign_once,
@@ -136,8 +137,8 @@ def test_the_weighted_head_is_biased_as_the_formula_says(mean, weight):
         return -weight * (1 - mean) * np.log1p(-answer) - mean * np.log(answer)
 
     found = minimize_scalar(loss, bounds=(1e-9, 1 - 1e-9), method="bounded", options={"xatol": 1e-12}).x
-    assert biased(mean, weight) == pytest.approx(found, abs=1e-6)
-    assert debiased(biased(mean, weight), weight) == pytest.approx(mean, rel=1e-12)
+    assert weighted(mean, weight) == pytest.approx(found, abs=1e-6)
+    assert unweighted(weighted(mean, weight), weight) == pytest.approx(mean, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -201,27 +202,17 @@ def test_members_left_out_make_no_claim(monkeypatch):
     assert "not compared" in part.why
 
 
-class Veiled(MarkovModulated):
-    """Regimes that are not shown; stands for a process whose solver is elsewhere."""
-
-    kind = "veiled"
-    finite = False
-
-    @property
-    def visible(self):
-        return MarkovModulated(self.transition, self.accept_prob, self.initial)
-
-
 @pytest.mark.parametrize(("share", "status"), [(0.5, "holds"), (-0.1, "fails"), (1.1, "fails")])
 def test_what_is_hidden_is_worth_less_and_more_than_nothing(monkeypatch, share, status):
     """F8 compares three values; the middle one comes from the process's own solver, here between the others or not."""
     chain = gallery()[0].problem.acceptance
-    problem = StoppingProblem(Veiled(chain.transition, chain.accept_prob, chain.initial), Affine(0.25, 1.0), 3)
+    process = Observed(chain.transition, chain.accept_prob, chain.initial, [[0.5, 0.5]] * 2)
+    problem = StoppingProblem(process, Affine(0.25, 1.0), 3)
     nothing, seen = 23 / 14, 43 / 26
     hidden = nothing + share * (seen - nothing)
 
     def solve(asked):
-        shown = asked.acceptance.kind != "veiled"
+        shown = asked.acceptance.kind != "observed"
         return SimpleNamespace(bounds=(seen, seen) if shown else (hidden, hidden))
 
     monkeypatch.setattr("mdp.theory.solve", solve)
