@@ -30,7 +30,7 @@ from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.trace import FEATURES, Trace
 from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
 
-__all__ = ["RoundLog", "replay", "replay_rounds"]
+__all__ = ["RoundLog", "measured_cost", "replay", "replay_rounds"]
 
 SIGNAL_FIELDS = frozenset({"survival", "next_accept_prob", "regime"})
 CHAIN_FIELDS = frozenset({"next_accept_prob", "regime"})
@@ -102,7 +102,7 @@ def replay(
     """
     interval(ratio(np.ones(1), np.ones(1)), 1, level)  # refuses a bad level before any work
     origin = "measured" if cost is None else "declared"
-    cost = _measured(trace) if cost is None else cost
+    cost = measured_cost(trace) if cost is None else cost
     verify_time = cost.verify_times(trace.max_candidates)
     contenders = [_contender(trace, spec) for spec in entrants.read(policies)]
     requests, models = np.arange(trace.num_requests), {None: None, PERFECT: SignalModel()}
@@ -163,12 +163,17 @@ def replay_rounds(
     elif contender.needs & CHAIN_FIELDS and model is not None and model.transition is None:
         raise ValueError(f"policy {spec.text!r} looks ahead, and the signal model given has no chain")
     if contender.spec.solves and cost is None:
-        cost = _measured(trace)
+        cost = measured_cost(trace)
     chosen = np.arange(trace.num_requests) if requests is None else np.unique(np.asarray(requests, dtype=np.int64))
     return _walk(trace, _rule(trace, contender, model, cost), contender.needs, model, chosen)
 
 
-def _measured(trace: Trace) -> Cost:
+def measured_cost(trace: Trace) -> Cost:
+    """The times recorded with the trace.
+
+    Raises:
+        ValueError: if there are none.
+    """
     measured = trace.manifest.get("measured") or {}
     if measured.get("draft_time") is None or measured.get("verify_time") is None:
         raise ValueError("trace: it holds no measured times; declare a cost")

@@ -116,6 +116,15 @@ def build_parser() -> Parser:
             help=f"rtn:bits=4,group=64 (the target, rounded), {models}",
         )  # fmt: skip
 
+    def recorded(out: Parser) -> None:
+        out.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record` or `import`")
+        out.add_argument(
+            "--cost", metavar="COST",
+            help="declared times: a draft step's time in target calls, or a JSON object like the problem file's "
+                 "`cost`, or a file that holds one; without it the trace's measured times",
+        )  # fmt: skip
+        out.add_argument("--level", type=fraction, default=0.95, help="of the intervals (default 0.95)")
+
     solve = verb("solve", "optimal policy with bounds that enclose its throughput", "One line a file, in order.")
     solve.add_argument("problems", metavar="PROBLEM.json", nargs="+", help="problem files; see `specstop schema`")
     precision(solve)
@@ -140,14 +149,16 @@ def build_parser() -> Parser:
     sampling(record)
 
     replay = verb("replay", "policies on a recorded trace, exactly, with no model call")
-    replay.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record`")
+    recorded(replay)
     policies(replay)
-    replay.add_argument(
-        "--cost", metavar="COST",
-        help="declared times: a draft step's time in target calls, or a JSON object like the problem file's `cost`, "
-             "or a file that holds one; without it the trace's measured times",
-    )  # fmt: skip
-    replay.add_argument("--level", type=fraction, default=0.95, help="of the intervals (default 0.95)")
+
+    audit = verb(
+        "audit",
+        "how much a deployed policy leaves on a trace, with bounds",
+        "Scored on half of the requests; rules are fitted and chosen on the other half.",
+    )
+    recorded(audit)
+    audit.add_argument("--policy", metavar="P", required=True, help="the rule that runs; see `specstop policies`")
 
     decode = verb("decode", "continue a prompt with a real pair under a policy", "The text has the target's law.")
     pair(decode)

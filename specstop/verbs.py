@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mdp.policy import PolicySpec
     from mdp.trace import Trace
 
-__all__ = ["decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
+__all__ = ["audit", "decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve"]
 
 DONE, NOT_CONVERGED = 0, 3
 
@@ -125,6 +125,22 @@ def replay(args: Namespace) -> int:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     result = replay(trace, specs, cost=cost, level=args.level)
     _print_comparison(result.to_dict(), args)
+    return DONE
+
+
+def audit(args: Namespace) -> int:
+    """How much a deployed policy leaves on a trace, with bounds, and what to run."""
+    (spec,) = inputs.read_policies([args.policy])
+    cost = None if args.cost is None else inputs.declared_cost(args.cost)
+
+    from simulate.audit import audit
+    from specstop.referee import audit_text
+
+    trace = _load_trace(args.trace)
+    if cost is not None:
+        inputs.check_depth(str(args.cost), cost, trace.max_candidates)
+    result = audit(trace, spec, cost=cost, level=args.level).to_dict()
+    emit(json_line(result) if args.json else audit_text(result))
     return DONE
 
 

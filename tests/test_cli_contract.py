@@ -13,7 +13,7 @@ from specstop import verbs
 from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
-VERBS = ("solve", "evaluate", "simulate", "record", "replay", "decode", "demo", "schema", "policies")
+VERBS = ("solve", "evaluate", "simulate", "record", "replay", "audit", "decode", "demo", "schema", "policies")
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ import math
 import shutil
 from pathlib import Path
 
+import chains
 import numpy as np
 import pytest
 
 from mdp.policy import parse
 from mdp.problem import load
+from mdp.trace import save
 from specstop.cli import main
 from specstop.output import emit, json_line, jsonable, table
 
@@ -363,3 +365,17 @@ def test_a_table_lines_up():
 def test_text_that_the_terminal_cannot_show_is_no_error(capsys):
     emit("file \udcff.json")
     assert capsys.readouterr().out == "file \\udcff.json\n"
+
+
+def test_audit_prints_the_headline_the_ladder_and_the_setting(lines, text, tmp_path):
+    trace = tmp_path / "trace"
+    save(chains.record(chains.random_pair(3, size=3), 0, num_requests=80, limit=16, depth=4), trace)
+    (answer,) = lines("audit", trace, "--policy", "rejection:0.9,signal=entropy", "--cost", "0.2")
+    assert {"headline", "left", "between", "ceiling", "modelled", "deployed", "ladder", "setting"} <= set(answer)
+    low, high = answer["between"]
+    assert 0 <= low <= answer["left"] <= high < 1
+    assert answer["headline"] == f"{100 * answer['left']:.1f} % left, between {100 * low:.1f} and {100 * high:.1f}"
+    assert [rung["information"] for rung in answer["ladder"]][::7] == ["nothing", "clairvoyant"]
+    parse(answer["setting"]["policy"])
+    shown = text("audit", trace, "--policy", "rejection:0.9,signal=entropy", "--cost", "0.2")
+    assert shown.startswith(answer["headline"]) and answer["setting"]["policy"] in shown
