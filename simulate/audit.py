@@ -39,7 +39,7 @@ from mdp.entrants import needs, read
 from mdp.fit import PERFECT, SignalModel, split_requests
 from mdp.policy import FixedLength, Policy, PolicySpec, ThresholdTable
 from mdp.trace import Trace
-from simulate.estimate import Estimate, interval, ratio
+from simulate.estimate import Estimate, interval, ratio, shortest_tied
 from simulate.ladder import INFORMATION, SIGNALS_SEEN, Half, Rule, climb, fixed_rounds, halves, share
 from simulate.relaxation import COINS, charge, fit_penalty, least_times
 from simulate.replay import SIGNAL_FIELDS, measured_cost, replay_rounds
@@ -292,9 +292,7 @@ def _setting(
 
     lengths = range(train.starts.max_candidates + 1)
     times = [train.times(fixed_rounds(train.starts, k)) for k in lengths]
-    best = min(times, key=np.sum)
-    tied = (k for k in lengths if not interval(share(best, times[k]), len(best), level)[0] > 0)
-    shortest = next(tied)
+    shortest = shortest_tied([(train.starts.lengths, time) for time in times], level)
     setting, kept = f"fixed:{shortest}", test.times(fixed_rounds(test.starts, shortest))
     for rule in rules:
         if rule.rounds is None or rule.information in ("nothing", INFORMATION[-1]):
