@@ -22,7 +22,7 @@ from mdp.policy import Policy, parse
 from mdp.trace import Trace
 from simulate.estimate import Estimate, ratio
 from simulate.relaxation import COINS, Penalty, charge, fit_penalty, has_coins
-from simulate.starts import Rounds, Starts, lengths_chosen, play, unroll
+from simulate.starts import Rounds, Starts, lengths_chosen, play, play_lanes, unroll
 
 __all__ = ["INFORMATION", "SIGNALS_SEEN", "Half", "Rule", "climb", "fixed_rounds", "halves", "share"]
 
@@ -200,24 +200,33 @@ def _outcome(at: np.ndarray, drafted: np.ndarray, accepted: np.ndarray) -> np.nd
 
 def _ascend(half: Half, classify: Choose, size: int) -> Int[np.ndarray, " C"]:
     """A length for each class by coordinate ascent, from the best single one on; ties keep the smaller length."""
-    most = half.starts.max_candidates
-
-    def total(table: np.ndarray) -> float:
-        return float(half.times(_by_class(half.starts, classify, table)).sum())
-
-    table = min((np.full(size, k) for k in range(most + 1)), key=total)
-    least = total(table)
+    lengths = np.arange(half.starts.max_candidates + 1)
+    totals = _totals(half, classify, np.repeat(lengths[:, None], size, axis=1))
+    table, least = np.full(size, totals.argmin()), totals.min()
     for _ in range(MAX_SWEEPS):
-        before = table.copy()
+        before = table
         for entry in range(size):
-            for k in range(most + 1):
-                trial = table.copy()
-                trial[entry] = k
-                if (found := total(trial)) < least:
-                    table, least = trial, found
+            trials = np.tile(table, (len(lengths), 1))
+            trials[:, entry] = lengths
+            totals = _totals(half, classify, trials)
+            if totals.min() < least:
+                table, least = trials[totals.argmin()], totals.min()
         if (table == before).all():
             break
     return table
+
+
+def _totals(half: Half, classify: Choose, tables: Int[np.ndarray, "T C"]) -> Float[np.ndarray, " T"]:
+    """Time of the whole half under each table, all of them played side by side."""
+    starts, count = half.starts, len(half.requests)
+    table = np.repeat(np.arange(len(tables)), count)
+
+    def choose(at: np.ndarray, drafted: np.ndarray, accepted: np.ndarray, lane: np.ndarray) -> np.ndarray:
+        return tables[table[lane], classify(at, drafted, accepted)]
+
+    at, length, lane = play_lanes(starts, choose, np.tile(np.arange(count), len(tables)))
+    time = half.round_times[length] if half.charges is None else half.round_times[length] + half.charges[at, length]
+    return np.bincount(table[lane], weights=time, minlength=len(tables))
 
 
 def _describe(table: np.ndarray, train: Starts, information: str) -> str:

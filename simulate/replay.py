@@ -13,6 +13,8 @@ behind the last emitted token, the rule's state is told the outcome, and the nex
 Each draw of the trace is used at most once per policy, so the replayed run has the law of a live one (theory, §4),
 and all policies of one replay meet the same draws. The loop is over rounds and depth; requests are array entries.
 Without rollouts a round past a failure is assumed to go on to its end: nothing is known of an end-of-text there.
+A trace of counts (`run_length`) says itself how many candidates of a round are accepted; one that would have to know
+more than was tested there is refused.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -233,6 +235,7 @@ def _walk(
     while len(requests):
         cap = np.minimum(trace.max_candidates, limit - cursor - 1)
         state, drafted, accepted, ended = _draft(rule, state, model, nodes, base + cursor, cap)
+        nodes.check_tested(trace, base + cursor, drafted, cap if "next_accepted" in needs else drafted)
         state = rule.end_round(state, Outcome(drafted, accepted))
         cut = ((accepted == drafted) & ended).astype(np.int64)
         emitted = accepted + 1 - cut
@@ -254,9 +257,9 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes",
     drafted, accepted = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     features: dict[str, Any] = {name: np.full(size, np.nan) for name in nodes.features}
     signal: SignalState | None = model.start(size) if model else None
-    num = 0
+    num, start = 0, node
     while drafting.any():
-        next_accepted = nodes.accepted[node] & ~failed
+        next_accepted = nodes.accepted[node] & ~failed if nodes.runs is None else nodes.runs[start] > num
         seen = Observation(num, **features) if model is None else model.observation(signal, num, features)  # type: ignore[arg-type]
         if "next_accepted" in rule.needs:  # clairvoyance is shown to those only who say that they use it
             seen = seen._replace(next_accepted=next_accepted)
@@ -286,6 +289,22 @@ class _Nodes:
     ends: np.ndarray
     after_failure: np.ndarray
     features: Mapping[str, np.ndarray]
+    runs: np.ndarray | None
+    tested: np.ndarray | None
+
+    def check_tested(self, trace: Trace, start: np.ndarray, drafted: np.ndarray, asked: np.ndarray) -> None:
+        """Refuse rounds that went deeper than the trace knows, with no rejection before."""
+        if self.runs is None or self.tested is None:
+            return
+        beyond = np.flatnonzero((self.runs[start] == self.tested[start]) & (asked > self.tested[start]))
+        if beyond.size:
+            at = int(start[beyond[0]])
+            request = int(np.searchsorted(trace.offsets, at, side="right")) - 1
+            raise ValueError(
+                f"trace: a round of {int(asked[beyond[0]])} candidates at token {at - int(trace.offsets[request])} of "
+                f"request {trace.request_ids[request]!r:.40}, where {int(self.tested[at])} were tested: what lies "
+                "deeper than a trace drafted cannot be replayed"
+            )
 
     @property
     def last(self) -> int:
@@ -307,6 +326,8 @@ class _Nodes:
             np.concatenate([trace.drafts_end, rolled, [False]]).astype(bool),  # type: ignore[list-item]
             np.concatenate([trace.num_positions + starts, np.zeros(len(beyond), dtype=np.int64)]),
             features,
+            trace.optional.get("run_length"),
+            trace.optional.get("tested"),
         )
 
 

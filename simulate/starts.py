@@ -16,7 +16,7 @@ from mdp.fit import SignalModel, position_signal
 from mdp.policy import Policy
 from mdp.trace import Trace
 
-__all__ = ["Rounds", "Starts", "lengths_chosen", "play", "unroll"]
+__all__ = ["Rounds", "Starts", "lengths_chosen", "play", "play_lanes", "unroll"]
 
 Rounds = tuple[np.ndarray, np.ndarray]
 """Rounds that were played: the positions they started at, and how many candidates each drafted."""
@@ -66,6 +66,18 @@ def unroll(trace: Trace, requests: Int[np.ndarray, " R"], names: Iterable[str] =
     node = np.repeat(trace.offsets[requests], lengths) + within
     room = np.minimum(np.repeat(np.asarray(trace.limit, dtype=np.int64)[requests], lengths) - within - 1, most)
     has_rollouts = trace.rollout_offsets is not None
+    runs, tested = (trace.optional.get(key) for key in ("run_length", "tested"))
+    if runs is not None and tested is not None and not names:
+        known, kept = tested[node], runs[node]
+        short = np.flatnonzero((kept == known) & (known < room))
+        if short.size:
+            raise ValueError(
+                f"trace: {len(short)} of {len(node)} positions know less than a full round (the trace holds one "
+                "policy's rounds): what lies deeper than it drafted cannot be played"
+            )
+        depth = np.maximum(room, 0)
+        nothing = np.zeros(len(node), dtype=bool)
+        return Starts(offsets, depth, np.minimum(kept, depth).astype(np.int64), nothing, {}, most)
     if names and not has_rollouts:
         raise ValueError(f"trace: it has no rollouts, so {names[0]} is not known past a rejection")
     # Positions, then rollout steps, then one node for what was not recorded.
@@ -104,18 +116,32 @@ def play(starts: Starts, choose: Callable[[np.ndarray, np.ndarray, np.ndarray], 
 
     `choose(position, last_drafted, last_accepted)` is asked for arrays; the last two are -1 in a request's first round.
     """
-    cursor, on = starts.offsets[:-1].copy(), np.arange(len(starts.lengths))
+    every = np.arange(len(starts.lengths))
+    return play_lanes(starts, lambda at, drafted, accepted, lane: choose(at, drafted, accepted), every)[:2]
+
+
+def play_lanes(
+    starts: Starts,
+    choose: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray],
+    requests: Int[np.ndarray, " L"],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `play`, of several runs side by side, lane l through `requests[l]`; `choose` is told the lanes too.
+
+    Returns:
+        Position, length and lane of each round.
+    """
+    cursor, end, on = starts.offsets[requests].copy(), starts.offsets[requests + 1], np.arange(len(requests))
     drafted, accepted = np.full(len(cursor), -1), np.full(len(cursor), -1)
     rounds = []
     while len(on):
         at = cursor[on]
-        length = np.minimum(choose(at, drafted[on], accepted[on]), starts.depth[at])
+        length = np.minimum(choose(at, drafted[on], accepted[on], on), starts.depth[at])
         drafted[on], accepted[on] = length, np.minimum(starts.accepted[at], length)
         cursor[on] = at + starts.emitted(length, at)
-        rounds.append((at, length))
-        on = on[cursor[on] < starts.offsets[on + 1]]
-    at, length = (np.concatenate(column) for column in zip(*rounds, strict=True))
-    return at, length
+        rounds.append((at, length, on))
+        on = on[cursor[on] < end[on]]
+    at, length, lane = (np.concatenate(column) for column in zip(*rounds, strict=True))
+    return at, length, lane
 
 
 def lengths_chosen(starts: Starts, rule: Policy, model: SignalModel) -> Int[np.ndarray, " N"]:

@@ -8,6 +8,7 @@ Nothing but the standard library is imported before a verb is known, so that `sp
 """
 
 import argparse
+import keyword
 import os
 import re
 import sys
@@ -160,6 +161,16 @@ def build_parser() -> Parser:
     recorded(audit)
     audit.add_argument("--policy", metavar="P", required=True, help="the rule that runs; see `specstop policies`")
 
+    imported = verb("import", "a trace from a file of another project", "Prompts and tokens are not kept.")
+    imported.add_argument("file", metavar="FILE", help="JSON lines, or SpecDec++'s JSON")
+    imported.add_argument("--format", required=True, metavar="F", help="specdecode-bench, specdec++ or rounds")
+    imported.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
+    imported.add_argument("--drafter", help="of specdecode-bench: eagle or ngram (default: the first the file holds)")
+    imported.add_argument("--seed", type=seed, default=0, help="of the coins that specdec++ leaves out (default 0)")
+
+    validate = verb("validate", "check traces, problem files and files to import", "One line each, in order.")
+    validate.add_argument("paths", metavar="FILE_OR_DIR", nargs="+", help="what to check; all of it is read")
+
     decode = verb("decode", "continue a prompt with a real pair under a policy", "The text has the target's law.")
     pair(decode)
     decode.add_argument("--policy", metavar="P", required=True, help="a stopping rule; see `specstop policies`")
@@ -244,7 +255,8 @@ def _run(argv: Sequence[str]) -> int:
     if args.verb is None:
         parser.error("a verb is missing")
     import_module("specstop.settings").prepare()
-    return getattr(import_module("specstop.verbs"), args.verb)(args)
+    # a function cannot be called `import`
+    return getattr(import_module("specstop.verbs"), args.verb + "_" * keyword.iskeyword(args.verb))(args)
 
 
 def _describe(error: ValueError | OSError) -> str:

@@ -13,7 +13,20 @@ from specstop import verbs
 from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
-VERBS = ("solve", "evaluate", "simulate", "record", "replay", "audit", "decode", "demo", "schema", "policies")
+VERBS = (
+    "solve",
+    "evaluate",
+    "simulate",
+    "record",
+    "replay",
+    "audit",
+    "import",
+    "validate",
+    "decode",
+    "demo",
+    "schema",
+    "policies",
+)
 
 
 @pytest.fixture
@@ -224,7 +237,7 @@ def test_every_verb_has_a_function_and_json_and_help(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     for verb in VERBS:
-        assert callable(getattr(verbs, verb)) and verb in out
+        assert callable(getattr(verbs, {"import": "import_"}.get(verb, verb))) and verb in out
         code, text, err = run(verb, "--help")
         assert (code, err) == (0, "") and "--json" in text
     (choices,) = [action.choices for action in build_parser()._actions if action.dest == "verb"]
