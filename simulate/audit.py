@@ -23,6 +23,9 @@ to rules that read that signal. Its charges are fair as far as the fitted chain 
 best rule found with the same information saves; y the lower limit of that, or 0, since the deployed rule itself is one
 of them; z the upper limit of what the ceiling saves. Each end errs with probability (1 - level)/2.
 
+*Acceptance by depth* is what the deployed policy's own rounds tell (`mdp.product_limit`): depths it never tested are
+unidentified, and where it reads the candidates the rest looks too good, for it stops where rejection is likely.
+
 *The setting to use* is the shortest fixed length that ties with the best one on the training half, unless the rule of
 a higher rung that can be deployed beats it, and what was found so far, clear of zero on the test half. If that does not
 beat the deployed policy clear of zero, the advice is to keep it.
@@ -38,6 +41,7 @@ from mdp.cost import Cost
 from mdp.entrants import needs, read
 from mdp.fit import PERFECT, SignalModel, split_requests
 from mdp.policy import FixedLength, Policy, PolicySpec, ThresholdTable
+from mdp.product_limit import ProductLimit, product_limit
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, ratio, shortest_tied
 from simulate.ladder import INFORMATION, SIGNALS_SEEN, Half, Rule, climb, fixed_rounds, halves, share
@@ -83,6 +87,7 @@ class Audit:
         left, between: x, and (y, z): shares of the policy's time.
         ceiling: what z is the limit of: `every fixed length`, `all but the draws` or `clairvoyant`.
         modelled: what the fitted chain leaves to rules that read the policy's signal: an estimate, no bound.
+        acceptance: by depth, from the deployed policy's own rounds; `selected` if it reads the candidates.
         setting, gain, change: the rule to run, the share of time it saves, and whether that is clear of zero.
     """
 
@@ -92,6 +97,8 @@ class Audit:
     between: tuple[float, float]
     ceiling: str
     modelled: Estimate | None
+    acceptance: ProductLimit
+    selected: bool
     setting: str
     gain: Estimate
     change: bool
@@ -117,6 +124,9 @@ class Audit:
             said.append(f"only {self.num_requests} requests scored: intervals lean on a shape that nobody has checked")
         if self.ceiling == CLAIRVOYANT:
             said.append("no scored rollouts: the only ceiling is the clairvoyant, which no rule comes near")
+        if self.acceptance.unidentified:
+            depths = self.acceptance.unidentified
+            said.append(f"its own rounds tell nothing of acceptance at depths {depths[0]} to {depths[-1]}")
         return tuple(said)
 
     def to_dict(self) -> dict[str, Any]:
@@ -126,6 +136,7 @@ class Audit:
             "modelled": self._estimate(self.modelled), "deployed": self._row(self.deployed),
             "ladder": [self._row(rung) for rung in self.ladder],
             "setting": {"policy": self.setting, "gain": self._estimate(self.gain), "change": self.change},
+            "acceptance": self.acceptance.to_dict() | {"selected": self.selected},
             "num_requests": self.num_requests, "num_trained": self.num_trained, "level": self.level,
             "draft_time": self.draft_time, "verify_time": list(self.verify_time), "cost_origin": self.cost_origin,
             "notes": list(self.notes),
@@ -194,6 +205,8 @@ def audit(trace: Trace, policy: str | Policy | PolicySpec, *, cost: Cost | None 
         between=(max(low, 0.0), max(high, 0.0)),
         ceiling=ceiling,
         modelled=_modelled(train, test, models.get(_signal(spec) or ""), own),
+        acceptance=product_limit(log.num_drafted, log.num_accepted, log.request, trace.max_candidates),
+        selected=information in SIGNALS_SEEN,
         setting=setting,
         gain=gain,
         change=change,

@@ -381,6 +381,15 @@ def test_audit_prints_the_headline_the_ladder_and_the_setting(lines, text, tmp_p
     assert shown.startswith(answer["headline"]) and answer["setting"]["policy"] in shown
 
 
+def test_audit_of_a_recorded_pair_has_its_ladder_in_order(lines, trace):
+    (answer,) = lines("audit", trace, "--policy", "fixed:2", "--cost", "0.2", "--level", "0.99")
+    steps = [rung["step"] for rung in answer["ladder"] if rung["step"] is not None]
+    assert len(steps) == 6 and all(step["interval"][1] >= 0 for step in steps)
+    ceiling, clairvoyant = answer["ladder"][-2:]
+    assert all(rung["left"]["value"] < ceiling["left"]["value"] for rung in answer["ladder"][:4])
+    assert ceiling["left"]["value"] < clairvoyant["left"]["value"]
+
+
 def test_import_writes_a_trace_that_validate_and_replay_read(lines, text, tmp_path):
     file, out = tmp_path / "bench.jsonl", tmp_path / "imported"
     file.write_text('{"id": 1, "acc_ngram": {"acc_len": [3, 1, 2, 1]}}\n{"id": 2, "acc_ngram": {"acc_len": [1, 2]}}\n')

@@ -20,6 +20,7 @@ from simulate.ladder import INFORMATION
 from simulate.relaxation import COINS, Penalty, charge, fit_penalty, least_times
 from simulate.replay import replay_rounds
 from simulate.starts import lengths_chosen, play, unroll
+from specstop.output import jsonable
 
 COST = Affine(draft_time=0.2, verify_time=1.0)
 DEPTH, LIMIT = 4, 30
@@ -260,8 +261,19 @@ def test_too_few_requests():
         audit(trace, "fixed:1", cost=COST)
 
 
+def test_its_own_rounds_tell_acceptance_as_deep_as_it_drafts(pair, trace):
+    result = audit(trace, "fixed:2", cost=COST)
+    assert result.acceptance.unidentified == [3, 4] and not result.selected
+    assert any("nothing of acceptance at depths 3 to 4" in note for note in result.notes)
+    first, se = result.acceptance.accept_prob[0], result.acceptance.accept_prob_se[0]
+    starts = unroll(trace, split_requests(trace)[1], COINS)
+    at, _ = play(starts, lambda at, drafted, accepted: np.full(len(at), 2))
+    assert abs(first - np.nanmean(starts.features["token_accept_prob"][at, 0])) < 5 * se
+    assert audit(trace, "rejection:0.4", cost=COST).selected
+
+
 def test_json_has_no_nan(trace):
-    data = audit(trace, "rejection:0.4,signal=top_prob", cost=COST).to_dict()
+    data = jsonable(audit(trace, "rejection:0.4,signal=top_prob", cost=COST).to_dict())
     json.dumps(data, allow_nan=False)
     assert data["headline"].endswith(f"{100 * data['between'][1]:.1f}")
     assert data["deployed"]["information"] == "draft features"
