@@ -235,7 +235,7 @@ def _walk(
     while len(requests):
         cap = np.minimum(trace.max_candidates, limit - cursor - 1)
         state, drafted, accepted, ended = _draft(rule, state, model, nodes, base + cursor, cap)
-        nodes.check_tested(trace, base + cursor, drafted, cap if "next_accepted" in needs else drafted)
+        nodes.check_tested(trace, base + cursor, cap if "next_accepted" in needs else drafted)
         state = rule.end_round(state, Outcome(drafted, accepted))
         cut = ((accepted == drafted) & ended).astype(np.int64)
         emitted = accepted + 1 - cut
@@ -292,7 +292,7 @@ class _Nodes:
     runs: np.ndarray | None
     tested: np.ndarray | None
 
-    def check_tested(self, trace: Trace, start: np.ndarray, drafted: np.ndarray, asked: np.ndarray) -> None:
+    def check_tested(self, trace: Trace, start: np.ndarray, asked: np.ndarray) -> None:
         """Refuse rounds that went deeper than the trace knows, with no rejection before."""
         if self.runs is None or self.tested is None:
             return

@@ -16,7 +16,7 @@ from mdp.problem import StoppingProblem
 from mdp.solve import solve
 from simulate.audit import CEILING, CLAIRVOYANT, audit
 from simulate.estimate import interval
-from simulate.ladder import INFORMATION
+from simulate.ladder import INFORMATION, fixed_rounds, halves, share
 from simulate.relaxation import COINS, Penalty, charge, fit_penalty, least_times
 from simulate.replay import replay_rounds
 from simulate.starts import lengths_chosen, play, unroll
@@ -214,6 +214,16 @@ def test_a_setting_is_advised_only_if_it_is_clear_of_zero(trace):
     assert not again.change and again.setting == bad.setting and again.gain.value == 0
     dear = audit(trace, "fixed:0", cost=Affine(draft_time=5.0, verify_time=1.0))
     assert not dear.change and dear.setting == "fixed:0"
+
+
+def test_the_limit_of_every_fixed_length_holds_for_all_of_them_together(trace):
+    result = audit(trace, "fixed:1", cost=COST, level=0.9)
+    _, test, _ = halves(trace, COST, *split_requests(trace))
+    times = [test.times(fixed_rounds(test.starts, k)) for k in range(DEPTH + 1)]
+    each_end = 0.05 / (DEPTH + 1)
+    limits = [interval(share(time, times[1]), len(times[1]), 1 - 2 * each_end)[1] for time in times]
+    assert result.between[1] == pytest.approx(max(*limits, 0.0))
+    assert result.between[1] > max(interval(share(time, times[1]), len(times[1]), 0.9)[1] for time in times)
 
 
 def test_luck_is_removed_without_bias(trace):
