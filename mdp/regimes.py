@@ -2,11 +2,11 @@ r"""Hidden regimes fitted to what was accepted: expectation maximisation for a h
 
 Along a text the flags $F_1, F_2, \dots$ (was the draft's token accepted?) are taken to come from a chain of regimes,
 $z_0 \sim$ `initial`, $z_i \sim P(z_{i-1}, \cdot)$, $F_i \sim$ Bernoulli$(a(z_i))$, requests independent. If a signal is
-given too, binned into symbols $o_i \sim O(z_i, \cdot)$, it helps to tell the regimes apart. Each step of EM (Baum and
-Welch 1970) computes how likely each regime and each move was given the whole sequence, scaled forward and backward
-passes, and re-estimates by weighted counts; the likelihood never falls. It ends where a step gains less than
-`tol` per observation, the status says whether it got there. The likelihood has several peaks: EM starts from
-`restarts` random points and the best end is kept.
+given too, binned into symbols $o_i \sim O(z_i, \cdot)$, it helps to tell the regimes apart. Each step of EM (Baum,
+Petrie, Soules and Weiss 1970) computes how likely each regime and each move was given the whole sequence, by scaled
+forward and backward passes, and re-estimates by weighted counts; the likelihood never falls. It ends where a step
+gains less than `tol` per observation, and the fit says whether it got there. The likelihood has several peaks: EM
+starts from `restarts` random points and the best end is kept.
 
 *What it is*: the regimes that predict flags along the target's text. The draft's own chain past an unseen rejection is
 not in the flags; where regimes are a property of the text (code or prose, an easy or a hard stretch) the two agree.

@@ -23,8 +23,9 @@ $$M = \sum_{i \le k} w_i (F_i - S_i) + \sum_{i \le k} v_i S_{i-1} (a_i - \beta_i
 with $w_i$ known when drafting stops and $v_i$ before candidate i is drawn. With $w = 1/\rho$ the luck of the coins
 is taken away: a round is credited what it could expect. $v$ does the same, to first order, for the luck of the
 candidates; what that leaves (the curvature, and where the text goes on) is the bound's slack. Weights are
-combinations of a few functions, chosen on training requests (the mean of the least time is concave in them) and scored
-on others, so nothing is fitted to what it bounds. Weights 0 give the *clairvoyant*.
+combinations of a few functions, chosen on training requests (the mean of the least time is concave in them: pathwise
+optimisation, Desai, Farias and Moallemi 2012) and scored on others, so nothing is fitted to what it bounds.
+Weights 0 give the *clairvoyant*.
 
 The bound holds for every rule that does not foresee, whatever it looks at, since all it can look at is among what is
 conditioned on. It is an estimate from n requests: E[min] is replaced by a mean, and its limit is one-sided. It needs

@@ -1,6 +1,7 @@
 """The referee: fair charges, bounds around an optimum that is known, the ladder's order, one path for fast and slow."""
 
 import json
+from dataclasses import replace
 from functools import cache
 
 import chains
@@ -239,8 +240,6 @@ def test_modelled_is_for_rules_that_read_a_fitted_signal(trace):
 
 
 def test_a_trace_without_rollouts_has_the_clairvoyant_alone(trace):
-    from dataclasses import replace
-
     bare = replace(trace, rollout_offsets=None, rollout_drafts_end=None, rollout_features={})
     result = audit(bare, "fixed:2", cost=COST)
     assert [rung.bound for rung in result.ladder] == ["lower"] * 3 + ["needs rollouts"] * 3 + ["upper"]
@@ -287,3 +286,16 @@ def test_json_has_no_nan(trace):
     json.dumps(data, allow_nan=False)
     assert data["headline"].endswith(f"{100 * data['between'][1]:.1f}")
     assert data["deployed"]["information"] == "draft features"
+
+
+def test_a_recorded_head_has_its_rung(trace):
+    rng = np.random.default_rng(1)
+    head, along = (
+        np.clip(features["token_accept_prob"] + 0.1 * rng.normal(size=len(features["token_accept_prob"])), 0, 1)
+        for features in (trace.features, trace.rollout_features)
+    )
+    result = audit(replace(trace, optional={"head": head, "rollout_head": along}), "fixed:3", cost=COST)
+    rungs = {rung.information: rung for rung in result.ladder}
+    assert rungs["head"].bound == "lower" and "signal=head" in rungs["head"].policy
+    left = [rungs[name].left.value for name in ("draft features", "head", "token acceptance")]
+    assert left == sorted(left) and "signal=head" in result.setting
