@@ -18,7 +18,7 @@ $F_j$ from both sides, hence the throughput.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -45,7 +45,7 @@ MAX_STEPS, MAX_THRESHOLD = 30, 0.999  # Dinkelbach takes about five
 SUBCELLS, FIRST_CELL = 4, np.geomspace(1e-9, 1.0, 96)
 
 
-def weighted(accept_prob: Float[np.ndarray, "..."], weight: float) -> Float[np.ndarray, "..."]:
+def weighted(accept_prob: Any, weight: float) -> Float[np.ndarray, "..."]:
     """What a head that was trained with `weight` on rejections puts out where acceptance has this probability.
 
     Example:
@@ -56,7 +56,7 @@ def weighted(accept_prob: Float[np.ndarray, "..."], weight: float) -> Float[np.n
     return accept_prob / (accept_prob + weight * (1.0 - accept_prob))
 
 
-def unweighted(output: Float[np.ndarray, "..."], weight: float) -> Float[np.ndarray, "..."]:
+def unweighted(output: Any, weight: float) -> Float[np.ndarray, "..."]:
     """The acceptance probability behind a weighted head's output; undoes `weighted`."""
     return weighted(output, 1.0 / weight)
 

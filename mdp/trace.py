@@ -12,6 +12,11 @@ of all positions are concatenated too: position i owns steps `rollout_offsets[i]
 accepted. Per position and per step the same `FEATURES` are stored. A rollout holds
 min(K - 1, limit - 2 - j) steps (j counted from 0 within the request), fewer only behind a drafted end-of-text.
 
+*Imported* traces (`mdp.importers`) come from elsewhere: features may be missing, and acceptance may be known as two
+counts a position in the place of rollouts. Of a round that starts there `tested` candidates are known, and `run_length`
+of them are accepted before the first rejection; so the draft may depend on where its round began. A trace made of the
+rounds of one policy knows no more than that policy drafted.
+
 On disk a trace is a folder of safetensors shards and a `manifest.json` that is written last: a folder without it
 is no trace. Reading checks sizes, ranges and hashes; a damaged shard is named.
 """
@@ -46,7 +51,7 @@ the entropy of q in nats. The last three are taken from the draft's law at tempe
 
 _P_SIDE = ("token_accept_prob", "step_accept_prob")
 _OPTIONAL = ("token", "draft_token", "head", "hidden", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
-             "target_top_logprobs")  # fmt: skip
+             "target_top_logprobs", "run_length", "tested")  # fmt: skip
 _ROLLOUT_OPTIONAL = ("draft_token", "head", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
                      "target_top_logprobs")  # fmt: skip
 
@@ -141,14 +146,23 @@ class Trace:
         last[offsets[1:] - 1] = self.ends
         need(not (kept_end & ~last).any(), "an accepted end-of-text token is not the end of its path")
         need(not (last & self.accepted & ~kept_end).any(), "a path's end was accepted but is not marked in drafts_end")
-        _check_features(need, self.features, total, "", FEATURES)
-        certain = self.features["token_accept_prob"] <= 0
-        need(not (self.accepted & certain).any(), "accepted where token_accept_prob is 0")
+        _check_features(need, self.features, total, "", self.features if manifest.get("imported") else FEATURES)
+        if "token_accept_prob" in self.features:
+            certain = self.features["token_accept_prob"] <= 0
+            need(not (self.accepted & certain).any(), "accepted where token_accept_prob is 0")
         for key, array in self.optional.items():
             if key.startswith("rollout_"):
                 need(self.rollout_drafts_end is not None, f"{key} is there, but no rollouts")
             size = len(self.rollout_drafts_end) if key.startswith("rollout_") else total  # type: ignore[arg-type]
             need(array.ndim > 0 and len(array) == size, f"{key} must have {size} entries")
+        runs, tested = (self.optional.get(key) for key in ("run_length", "tested"))
+        need((runs is None) == (tested is None), "run_length and tested go together")
+        if runs is not None and tested is not None:
+            need(self.rollout_offsets is None, "run_length is there, and rollouts too")
+            need(all(x.ndim == 1 and x.dtype.kind in "iu" for x in (runs, tested)), "run_length must be whole numbers")
+            ok = (runs >= 0) & (runs <= tested) & (tested <= depth)
+            need(ok.all(), "run_length must lie in 0..tested, and tested in 0..max_candidates")
+            need((self.accepted == (runs > 0)).all(), "accepted is not what run_length says")
         if self.rollout_offsets is None:
             return self
         need_numbers("rollout_offsets", "iu")

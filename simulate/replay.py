@@ -13,6 +13,8 @@ behind the last emitted token, the rule's state is told the outcome, and the nex
 Each draw of the trace is used at most once per policy, so the replayed run has the law of a live one (theory, §4),
 and all policies of one replay meet the same draws. The loop is over rounds and depth; requests are array entries.
 Without rollouts a round past a failure is assumed to go on to its end: nothing is known of an end-of-text there.
+A trace of counts (`run_length`) says itself how many candidates of a round are accepted; one that would have to know
+more than was tested there is refused.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,7 +34,7 @@ from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.trace import FEATURES, Trace
 from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
 
-__all__ = ["RoundLog", "check", "fitted", "replay", "replay_rounds"]
+__all__ = ["RoundLog", "check", "fitted", "measured_cost", "replay", "replay_rounds"]
 
 SIGNAL_FIELDS = frozenset({"survival", "next_accept_prob", "regime"})
 CHAIN_FIELDS = frozenset({"next_accept_prob", "regime"})
@@ -116,7 +118,7 @@ def replay(
     """
     interval(ratio(np.ones(1), np.ones(1)), 1, level)  # refuses a bad level before any work
     origin = "measured" if cost is None else "declared"
-    cost = _measured(trace) if cost is None else cost
+    cost = measured_cost(trace) if cost is None else cost
     verify_time = cost.verify_times(trace.max_candidates)
     contenders = [_contender(trace, spec) for spec in entrants.read(policies)]
     requests, models = np.arange(trace.num_requests), {None: None, PERFECT: SignalModel()}
@@ -178,7 +180,7 @@ def replay_rounds(
     elif contender.needs & CHAIN_FIELDS and model is not None and model.transition is None:
         raise ValueError(f"policy {spec.text!r} looks ahead, and the signal model given has no chain")
     if cost is None and contender.priced:
-        cost = _measured(trace)
+        cost = measured_cost(trace)
     chosen = np.arange(trace.num_requests) if requests is None else np.unique(np.asarray(requests, dtype=np.int64))
     times = None if cost is None else _Times.of(cost, trace.max_candidates)
     return _walk(trace, _rule(trace, contender, model, cost), contender.needs, model, chosen, times)
@@ -197,7 +199,12 @@ class _Times:
         return cls(float(cost.draft_time), cost.verify_times(depth), cost.round_times(depth))
 
 
-def _measured(trace: Trace) -> Cost:
+def measured_cost(trace: Trace) -> Cost:
+    """The times recorded with the trace.
+
+    Raises:
+        ValueError: if there are none.
+    """
     measured = trace.manifest.get("measured") or {}
     if measured.get("draft_time") is None or measured.get("verify_time") is None:
         raise ValueError("trace: it holds no measured times; declare a cost")
@@ -241,7 +248,7 @@ def fitted(trace: Trace, spec: PolicySpec, *, cost: Cost | None = None) -> Polic
         ValueError: as `replay`.
     """
     contender = _contender(trace, spec)
-    return _rule(trace, contender, None, _measured(trace) if cost is None else cost)
+    return _rule(trace, contender, None, measured_cost(trace) if cost is None else cost)
 
 
 def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: Cost | None) -> Policy:
@@ -312,6 +319,7 @@ def _play(
     while len(requests):
         cap = np.minimum(trace.max_candidates, limit - cursor - 1)
         state, drafted, accepted, ended = _draft(rule, state, model, nodes, base + cursor, cap, times)
+        nodes.check_tested(trace, base + cursor, cap if "next_accepted" in rule.needs else drafted)
         took = () if times is None else (drafted * times.draft, times.verify[drafted])
         state = last = rule.end_round(state, Outcome(drafted, accepted, *took))
         cut = ((accepted == drafted) & ended).astype(np.int64)
@@ -333,9 +341,9 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes",
     drafted, accepted = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     features: dict[str, Any] = {name: np.full(size, np.nan) for name in nodes.features}
     signal: SignalState | None = model.start(size) if model else None
-    num = 0
+    num, start = 0, node
     while drafting.any():
-        next_accepted = nodes.accepted[node] & ~failed
+        next_accepted = nodes.accepted[node] & ~failed if nodes.runs is None else nodes.runs[start] > num
         seen = Observation(num, **features) if model is None else model.observation(signal, num, features)  # type: ignore[arg-type]
         if "next_accepted" in rule.needs:  # clairvoyance is shown to those only who say that they use it
             seen = seen._replace(next_accepted=next_accepted)
@@ -368,6 +376,22 @@ class _Nodes:
     ends: np.ndarray
     after_failure: np.ndarray
     features: Mapping[str, np.ndarray]
+    runs: np.ndarray | None
+    tested: np.ndarray | None
+
+    def check_tested(self, trace: Trace, start: np.ndarray, asked: np.ndarray) -> None:
+        """Refuse rounds that went deeper than the trace knows, with no rejection before."""
+        if self.runs is None or self.tested is None:
+            return
+        beyond = np.flatnonzero((self.runs[start] == self.tested[start]) & (asked > self.tested[start]))
+        if beyond.size:
+            at = int(start[beyond[0]])
+            request = int(np.searchsorted(trace.offsets, at, side="right")) - 1
+            raise ValueError(
+                f"trace: a round of {int(asked[beyond[0]])} candidates at token {at - int(trace.offsets[request])} of "
+                f"request {trace.request_ids[request]!r:.40}, where {int(self.tested[at])} were tested: what lies "
+                "deeper than a trace drafted cannot be replayed"
+            )
 
     @property
     def last(self) -> int:
@@ -389,6 +413,8 @@ class _Nodes:
             np.concatenate([trace.drafts_end, rolled, [False]]).astype(bool),  # type: ignore[list-item]
             np.concatenate([trace.num_positions + starts, np.zeros(len(beyond), dtype=np.int64)]),
             features,
+            trace.optional.get("run_length"),
+            trace.optional.get("tested"),
         )
 
 

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from mdp.policy import TIE, Policy
 from mdp.problem import StoppingProblem
 from mdp.self_tuning import Family
-from simulate.rounds import MAX_REPLICAS, simulate
+from simulate.rounds import simulate
+from simulate.steps import MAX_REPLICAS
 
 __all__ = ["Path", "SelfTuned", "play"]
 

@@ -8,6 +8,7 @@ Nothing but the standard library is imported before a verb is known, so that `sp
 """
 
 import argparse
+import keyword
 import os
 import re
 import sys
@@ -120,6 +121,15 @@ def build_parser() -> Parser:
             help=f"rtn:bits=4,group=64 (the target, rounded), {models}",
         )  # fmt: skip
 
+    def recorded(out: Parser) -> None:
+        out.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record` or `import`")
+        out.add_argument(
+            "--cost", metavar="COST",
+            help="declared times: a draft step's time in target calls, or a JSON object like the problem file's "
+                 "`cost`, or a file that holds one; without it the trace's measured times",
+        )  # fmt: skip
+        out.add_argument("--level", type=fraction, default=0.95, help="of the intervals (default 0.95)")
+
     solve = verb("solve", "optimal policy with bounds that enclose its throughput", "One line a file, in order.")
     solve.add_argument("problems", metavar="PROBLEM.json", nargs="+", help="problem files; see `specstop schema`")
     precision(solve)
@@ -173,14 +183,26 @@ def build_parser() -> Parser:
     sampling(record)
 
     replay = verb("replay", "policies on a recorded trace, exactly, with no model call")
-    replay.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record`")
+    recorded(replay)
     policies(replay)
-    replay.add_argument(
-        "--cost", metavar="COST",
-        help="declared times: a draft step's time in target calls, or a JSON object like the problem file's `cost`, "
-             "or a file that holds one; without it the trace's measured times",
-    )  # fmt: skip
-    replay.add_argument("--level", type=fraction, default=0.95, help="of the intervals (default 0.95)")
+
+    audit = verb(
+        "audit",
+        "how much a deployed policy leaves on a trace, with bounds",
+        "Scored on half of the requests; rules are fitted and chosen on the other half.",
+    )
+    recorded(audit)
+    audit.add_argument("--policy", metavar="P", required=True, help="the rule that runs; see `specstop policies`")
+
+    imported = verb("import", "a trace from a file of another project", "Prompts and tokens are not kept.")
+    imported.add_argument("file", metavar="FILE", help="JSON lines, or SpecDec++'s JSON")
+    imported.add_argument("--format", required=True, metavar="F", help="specdecode-bench, specdec++ or rounds")
+    imported.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
+    imported.add_argument("--drafter", help="of specdecode-bench: eagle or ngram (default: the first the file holds)")
+    imported.add_argument("--seed", type=seed, default=0, help="of the coins that specdec++ leaves out (default 0)")
+
+    validate = verb("validate", "check traces, problem files and files to import", "One line each, in order.")
+    validate.add_argument("paths", metavar="FILE_OR_DIR", nargs="+", help="what to check; all of it is read")
 
     decode = verb("decode", "continue a prompt with a real pair under a policy", "The text has the target's law.")
     pair(decode)
@@ -274,7 +296,8 @@ def _run(argv: Sequence[str]) -> int:
     if args.verb is None:
         parser.error("a verb is missing")
     import_module("specstop.settings").prepare()
-    return getattr(import_module("specstop.verbs"), args.verb)(args)
+    # a function cannot be called `import`
+    return getattr(import_module("specstop.verbs"), args.verb + "_" * keyword.iskeyword(args.verb))(args)
 
 
 def _describe(error: ValueError | OSError) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
-from specstop.output import emit, json_line, key_values, table
+from specstop.output import emit, json_line, jsonable, key_values, table
 
 if TYPE_CHECKING:
     from mdp.fit import SignalModel
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from mdp.trace import Trace
 
 __all__ = [
-    "check", "decode", "demo", "evaluate", "policies", "record", "replay", "schema", "simulate", "solve", "study", "sweep",
+    "audit", "check", "decode", "demo", "evaluate", "import_", "policies", "record", "replay", "schema", "simulate",
+    "solve", "study", "sweep", "validate",
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
@@ -188,6 +189,78 @@ def replay(args: Namespace) -> int:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     result = replay(trace, specs, cost=cost, level=args.level)
     _print_comparison(result.to_dict(), lacking, args)
+    return DONE
+
+
+def audit(args: Namespace) -> int:
+    """How much a deployed policy leaves on a trace, with bounds, and what to run."""
+    (spec,) = inputs.read_policies([args.policy])
+    cost = None if args.cost is None else inputs.declared_cost(args.cost)
+
+    from simulate.audit import audit
+    from specstop.referee import audit_text
+
+    trace = _load_trace(args.trace)
+    if cost is not None:
+        inputs.check_depth(str(args.cost), cost, trace.max_candidates)
+    result = audit(trace, spec, cost=cost, level=args.level).to_dict()
+    emit(json_line(result) if args.json else audit_text(result))
+    return DONE
+
+
+def import_(args: Namespace) -> int:
+    """A trace from a file of another project."""
+    from mdp.importers import read_rounds, read_trace
+    from mdp.product_limit import product_limit
+    from mdp.trace import save
+
+    if (Path(args.out) / "manifest.json").exists():
+        raise ValueError(f"--out: {args.out} holds a trace already")
+    trace = read_trace(args.file, args.format, drafter=args.drafter, seed=args.seed)
+    save(trace, args.out)
+    result = _about_trace(args.out, trace) | {"acceptance": None}
+    if args.format == "rounds":
+        result["acceptance"] = product_limit(*read_rounds(args.file), max_candidates=trace.max_candidates).to_dict()
+    if args.json:
+        emit(json_line(result))
+        return DONE
+    acceptance: Any = result.pop("acceptance")
+    emit(key_values(result))
+    if acceptance:
+        columns = ("tested", "accepted", "accept_prob", "accept_prob_se", "survival", "survival_se")
+        depths = range(1, trace.max_candidates + 1)
+        rows = [{"depth": i} | {name: jsonable(acceptance[name][i - 1]) for name in columns} for i in depths]
+        emit("\nacceptance by depth, rounds that were cut short counted as such (product-limit):\n" + table(rows))
+    return DONE
+
+
+def _about_trace(folder: str, trace: "Trace") -> dict[str, Any]:
+    fields = [*trace.features, *(name for name in ("head", "run_length") if name in trace.optional)]
+    return {"trace": folder, "imported": trace.manifest.get("imported"), "num_requests": trace.num_requests,
+            "num_positions": trace.num_positions, "max_candidates": trace.max_candidates,
+            "rollouts": trace.rollout_offsets is not None, "fields": ", ".join(fields)}  # fmt: skip
+
+
+def validate(args: Namespace) -> int:
+    """What each file or folder is, and that it is sound; the first that is not is named."""
+    from mdp.importers import guess, read_trace
+    from mdp.problem import load
+
+    results = []
+    for path in args.paths:
+        if Path(path).is_dir():
+            trace = _load_trace(path)
+            results.append({"path": path, "kind": "trace"} | _about_trace(path, trace))
+            continue
+        kind = guess(path)
+        if kind is not None:
+            results.append({"path": path, "kind": kind} | _about_trace(path, read_trace(path, kind)))
+        else:
+            problem = load(path)
+            results.append({"path": path, "kind": "problem", "max_candidates": int(problem.max_candidates)})
+    for result in results:
+        result.pop("trace", None)
+        emit(json_line(result) if args.json else key_values({k: v for k, v in result.items() if v is not None}))
     return DONE
 
 

@@ -5,11 +5,13 @@ import math
 import shutil
 from pathlib import Path
 
+import chains
 import numpy as np
 import pytest
 
 from mdp.policy import parse
 from mdp.problem import load
+from mdp.trace import save
 from specstop.cli import main
 from specstop.output import emit, json_line, jsonable, table
 
@@ -422,3 +424,68 @@ def test_a_table_lines_up():
 def test_text_that_the_terminal_cannot_show_is_no_error(capsys):
     emit("file \udcff.json")
     assert capsys.readouterr().out == "file \\udcff.json\n"
+
+
+def test_audit_prints_the_headline_the_ladder_and_the_setting(lines, text, tmp_path):
+    trace = tmp_path / "trace"
+    save(chains.record(chains.random_pair(3, size=3), 0, num_requests=80, limit=16, depth=4), trace)
+    (answer,) = lines("audit", trace, "--policy", "rejection:0.9,signal=entropy", "--cost", "0.2")
+    assert {"headline", "left", "between", "ceiling", "modelled", "deployed", "ladder", "setting"} <= set(answer)
+    low, high = answer["between"]
+    assert 0 <= low <= answer["left"] <= high < 1
+    assert answer["headline"] == f"{100 * answer['left']:.1f} % left, between {100 * low:.1f} and {100 * high:.1f}"
+    assert [rung["information"] for rung in answer["ladder"]][::7] == ["nothing", "clairvoyant"]
+    parse(answer["setting"]["policy"])
+    shown = text("audit", trace, "--policy", "rejection:0.9,signal=entropy", "--cost", "0.2")
+    assert shown.startswith(answer["headline"]) and answer["setting"]["policy"] in shown
+
+
+def test_audit_of_a_recorded_pair_has_its_ladder_in_order(lines, trace):
+    (answer,) = lines("audit", trace, "--policy", "fixed:2", "--cost", "0.2", "--level", "0.99")
+    steps = [rung["step"] for rung in answer["ladder"] if rung["step"] is not None]
+    assert len(steps) == 6 and all(step["interval"][1] >= 0 for step in steps)
+    ceiling, clairvoyant = answer["ladder"][-2:]
+    assert all(rung["left"]["value"] < ceiling["left"]["value"] for rung in answer["ladder"][:4])
+    assert ceiling["left"]["value"] < clairvoyant["left"]["value"]
+
+
+def test_import_writes_a_trace_that_validate_and_replay_read(lines, text, tmp_path):
+    file, out = tmp_path / "bench.jsonl", tmp_path / "imported"
+    file.write_text('{"id": 1, "acc_ngram": {"acc_len": [3, 1, 2, 1]}}\n{"id": 2, "acc_ngram": {"acc_len": [1, 2]}}\n')
+    (answer,) = lines("import", file, "--format", "specdecode-bench", "--out", out)
+    assert answer["num_requests"] == 2 and answer["num_positions"] == 6 and answer["rollouts"] is False
+    (replayed,) = lines("replay", out, "--policy", "fixed:2", "oracle", "--cost", "0.2")
+    assert replayed["num_requests"] == 2
+    kinds = [row["kind"] for row in lines("validate", out, file, PROBLEM)]
+    assert kinds == ["trace", "specdecode-bench", "problem"]
+    assert "specdecode-bench" in text("validate", file)
+    rounds = tmp_path / "rounds.jsonl"
+    rounds.write_text('{"drafted": [2, 4], "accepted": [2, 1]}\n{"drafted": [1], "accepted": [0]}\n')
+    (answer,) = lines("import", rounds, "--format", "rounds", "--out", tmp_path / "rounds")
+    assert answer["acceptance"]["unidentified"] == [3, 4] and answer["acceptance"]["accept_prob"][2] is None
+    assert "acceptance by depth" in text("import", rounds, "--format", "rounds", "--out", tmp_path / "again")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["import", "bad.jsonl", "--format", "specdecode-bench", "--out", "new"], "bad.jsonl: line 1: not JSON"),
+        (["import", "none.jsonl", "--format", "rounds", "--out", "new"], "none.jsonl: No such file"),
+        (["import", "bad.jsonl", "--format", "csv", "--out", "new"], "--format: must be one of"),
+        (["import", "bad.jsonl", "--format", "rounds", "--drafter", "x", "--out", "new"], "--drafter: must be one of"),
+        (["import", "bad.jsonl", "--format", "rounds", "--out", "trace"], "--out: trace holds a trace already"),
+        (["validate", "trace", "bad.jsonl"], "bad.jsonl: not JSON"),
+        (["validate", "."], "not a trace (no manifest.json)"),
+        (["audit", "trace", "--policy", "oracle", "--cost", "1"], "policy 'oracle' foresees"),
+        (["audit", "trace", "--policy", "fixed:1"], "holds no measured times; declare a cost"),
+        (["audit", "trace", "--policy", "fixed:1", "--cost", "x"], "--cost: neither a number"),
+    ],
+)
+def test_what_cannot_be_imported_validated_or_audited_is_one_line(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text("{]\n")
+    save(chains.record(chains.random_pair(3, size=3), 0, num_requests=8, limit=8, depth=3), tmp_path / "trace")
+    capsys.readouterr()
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1) and message in err
