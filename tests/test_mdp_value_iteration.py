@@ -23,12 +23,12 @@ from strategies import problems
 
 import mdp.value_iteration
 from mdp.acceptance import BetaMixture
+from mdp.certificate import certificate
 from mdp.cost import Affine
 from mdp.evaluate import evaluate
 from mdp.knots import even_and_kinks, place
 from mdp.price import lump
 from mdp.problem import StoppingProblem
-from mdp.certificate import certificate
 from mdp.solve import SolveStatus, solve
 
 RIGHT = 1e-6  # both close their bounds to this
