@@ -109,6 +109,11 @@ class Case:
         return float(np.clip(self.solution.throughput, *self.bounds))
 
     @property
+    def price(self) -> float:
+        """The rate at which a round of `finite` is worth nothing: rho*, or less if that is a chain from below."""
+        return self.rate if self.exact else self.solution.throughput
+
+    @property
     def threshold(self) -> Float[np.ndarray, "K Z"]:
         """S* per depth and regime, inf where nothing is worth drafting on."""
         table = self.solution.survival_threshold
@@ -132,7 +137,7 @@ class Case:
         knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, KNOTS)
         with jax.enable_x64(True):
             grid = place(arrays.accept_prob, knots)
-            seen = jax.device_get(_look(arrays, grid, np.float64(self.rate * unit), bias[first]))
+            seen = jax.device_get(_look(arrays, grid, np.float64(self.price * unit), bias[first]))
         lower, upper = (side[:depth][:, into] for side in seen.ahead)
         return Ahead(knots[:depth], lower, upper)
 
@@ -161,12 +166,8 @@ def examine(problem: StoppingProblem | FiniteProblem) -> Case:
         return _case(problem, finite, True, solve(problem))
     # A chain worth no more than the continuous process.
     finite = problem.bracket(CELLS if problem.acceptance.num_regimes == 1 else NODES)[0]
-    solution = solve(problem)
-    assert solution.survival_threshold is not None
-    if solution.survival_threshold.shape[1] not in (1, finite.num_regimes):
-        chain = solve(finite)  # its own thresholds; the bounds stay those of the process
-        return replace(_case(problem, finite, False, chain), bounds=solution.bounds)
-    return _case(problem, finite, False, solution)
+    # Thresholds and worth are the chain's, at its own rate; the bounds stay those of the process.
+    return replace(_case(problem, finite, False, solve(finite)), bounds=solve(problem).bounds)
 
 
 def examine_many(problems: Sequence[StoppingProblem | FiniteProblem]) -> list[Case]:
@@ -279,7 +280,7 @@ def constant_threshold(case: Case) -> Fact:
     broken = _broken(case, conditions.varying_next_accept, conditions.persists, conditions.bent)
     steps = np.diff(case.finite.verify_time)
     accept = float(case.finite.next_accept_prob[0][case.met[0]].max())
-    predicted = case.rate * (case.finite.draft_time + float(steps.mean())) / accept if accept > 0 else np.inf
+    predicted = case.price * (case.finite.draft_time + float(steps.mean())) / accept if accept > 0 else np.inf
     if not case.exact:
         if broken:
             return Fact("F2", OUT, {}, f"{case.name}: no threshold has an exact value, and {'; '.join(broken)}")
@@ -310,7 +311,7 @@ def one_step(case: Case) -> Fact:
     """
     broken = _broken(case, conditions.persists, conditions.concave, conditions.revealing)
     bias = case.solution.bias if case.exact else np.zeros(case.finite.num_regimes)
-    table = families.lookahead_table(case.finite, case.rate, bias) * (1.0 - TIE)
+    table = families.lookahead_table(case.finite, case.price, bias) * (1.0 - TIE)
     gap = np.where(case.met, np.minimum(table, 1.0) - np.minimum(case.threshold, 1.0), 0.0)
     off = np.abs(gap) > 1e-6
     k, z = np.unravel_index(np.abs(gap).argmax(), gap.shape)
@@ -337,7 +338,7 @@ def one_step(case: Case) -> Fact:
 def sufficient_bound(case: Case) -> Fact:
     r"""F4: 1 - S*(k, z) <= D(k, z) / (t_d + D(k, z)) <= the bound at the largest D = c_2 + Delta."""
     finite, ahead = case.finite, case.ahead
-    worth = (ahead.lower[..., -1] + ahead.upper[..., -1]) / 2 / case.rate  # D(k, z), in time
+    worth = (ahead.lower[..., -1] + ahead.upper[..., -1]) / 2 / case.price  # D(k, z), in time
     met = np.where(case.met, worth, -np.inf)
     k, z = np.unravel_index(met.argmax(), met.shape)
     most, least_time = float(met.max()), finite.draft_time
@@ -350,7 +351,7 @@ def sufficient_bound(case: Case) -> Fact:
         "bound": max(most, 0.0) / (least_time + max(most, 0.0)), "delta": most - charge,
         "delta_zero_bound": max(charge, 0.0) / (least_time + max(charge, 0.0)), "state": [int(k), int(z)],
         "largest_advantage": most,
-        "advantage_error": float((ahead.upper - ahead.lower)[..., -1][case.met].max() / case.rate),
+        "advantage_error": float((ahead.upper - ahead.lower)[..., -1][case.met].max() / case.price),
         "threshold": drafted_on if np.isfinite(drafted_on) else None,
         "excess": float(excess.max()) if np.isfinite(drafted_on) else None,
     }  # fmt: skip

@@ -116,7 +116,7 @@ MUTANTS = {
         theory.Case, "ahead", "self.solution.bias if self.exact else", "0.0 * self.solution.bias if self.exact else",
         "persistent", laws.bound_is_the_tightest),
     "D is taken at the wrong rate": (
-        theory.Case, "ahead", "self.rate * unit", "1.1 * self.rate * unit",
+        theory.Case, "ahead", "self.price * unit", "1.1 * self.price * unit",
         "renewal", laws.bound_is_the_tightest),
     "F1 looks for the stop set above the threshold": (
         theory, "threshold_form", "knots < at", "knots > at", "renewal", laws.reports_are_sound),
@@ -152,12 +152,12 @@ COMPILED = {
         price, "sweep", "survival, at = accept[:, None] * knots",
         "survival, at = (0.0 * accept[:, None] + 1.0) * knots", "renewal"),
     "the price problem drops the bias": (
-        price, "sweep", "law @ bias if persistent", "0.0 * (law @ bias) if persistent", "persistent"),
+        price, "sweep", "biases @ law.T if persistent", "0.0 * (biases @ law.T) if persistent", "persistent"),
     "the price problem verifies one candidate too few": (
         price, "sweep", "problem.verify_time[:-1], problem.verify_time[1:]",
         "problem.verify_time[:-1], problem.verify_time[:-1]", "renewal"),
     "a rejection leads where a bonus would": (
-        price, "sweep", "((1.0 - accept) * after_rejection)", "((1.0 - accept) * after_bonus[into])", "persistent"),
+        price, "sweep", "((1.0 - accept) * if_rejected)", "((1.0 - accept) * bonus_now[into])", "persistent"),
 }  # fmt: skip
 
 
