@@ -21,6 +21,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.append(sys.path.pop(0))  # this file has the package's name, and its folder comes first
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
