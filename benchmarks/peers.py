@@ -167,7 +167,7 @@ def _jaxdp(given: Pairs, discount: float, tolerance: float, most: float) -> Iter
     reward[1] -= 1.0
     reward[1][given.state[goes]] = given.reward[goes][:, None]
     enough = tolerance * (1 - discount) / discount
-    step = jaxdp.ValueIteration(gamma=discount)
+    step = jaxdp.ValueIteration(discount)
     with jax.enable_x64(True):
         parts = (law, reward, np.full(states, 1.0 / states), np.zeros(states))
         model = jaxdp.MDP(

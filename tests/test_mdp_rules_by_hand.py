@@ -226,7 +226,7 @@ OWN = "step=0.2,verify=1"
 
 
 def test_ralmspec_stride():
-    # gamma = min(1/1, .6): (1-.36)1.2 >= .4*1.4; (1-.216)1.4 = 1.098 >= .64*1.6 = 1.024;
+    # match rate = min(1/1, .6): (1-.36)1.2 >= .4*1.4; (1-.216)1.4 = 1.098 >= .64*1.6 = 1.024;
     # (1-.1296)1.6 = 1.393 < .784*1.8 = 1.411: 3. Then 2/3 -> .6: 3. Then 2/4 = .5: 3, since
     # (1-.125)1.4 = 1.225 >= .75*1.6 = 1.2 and (1-.0625)1.6 = 1.5 < .875*1.8. Then 2/5 = .4: 2, since
     # (1-.16)1.2 >= .6*1.4 and (1-.064)1.4 = 1.310 < .84*1.6 = 1.344.
@@ -234,9 +234,9 @@ def test_ralmspec_stride():
 
 
 def test_ralmspec_forgets_after_five_rounds():
-    # after five rounds without a match gamma = 0: (1 - 0) * 1.2 < 1.4: 1
+    # after five rounds without a match their rate is 0: (1 - 0) * 1.2 < 1.4: 1
     assert play("ralmspec:step=0.2,verify=1", lengths_only(1, 0, 0, 0, 0, 0, 0))[-1] == 1
-    # and not earlier: with one match in five gamma = .2: (1 - .04) * 2.2 = 2.112 >= .8 * 2.4 = 1.92: 2;
+    # and not earlier: with one match in five it is .2: (1 - .04) * 2.2 = 2.112 >= .8 * 2.4 = 1.92: 2;
     # (1 - .008) * 2.4 = 2.381 < .96 * 2.6 = 2.496; one in six would do too: .972 * 2.2 >= .833 * 2.4
     assert play("ralmspec:step=0.2,verify=2", lengths_only(1, 0, 0, 0, 0, 0, 0))[-2:] == [2, 1]
 
@@ -245,7 +245,7 @@ def test_ralmspec_times_are_those_of_its_rounds():
     # the rounds here take .2 a candidate and 1 a verification, as OWN says
     rounds = lengths_only(1, 1, 0, 0, 0)
     assert play("ralmspec", rounds) == play(f"ralmspec:{OWN}", rounds)
-    # a verification as short as a step: gamma = .6: (1-.36) * 1.2 < .4 * ... : .64 * .4 = .256 >= .4 * .6 = .24: 2;
+    # a verification as short as a step: match rate .6: (1-.36) * 1.2 < .4 * ... : .64 * .4 = .256 >= .4 * .6 = .24: 2;
     # (1-.216) * .6 = .470 < .64 * .8 = .512
     assert play("ralmspec:step=0.2,verify=0.2", lengths_only(1, 0)) == [1, 2]
 

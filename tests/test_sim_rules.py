@@ -136,7 +136,7 @@ def test_selftuned_finds_the_optimum_where_look_ahead_is_optimal(accept_prob):
 
 
 def test_ralmspec_settles_on_the_stride_of_its_objective():
-    # gamma capped at .6, a = .2, b = 1: 3 (by hand in test_mdp_rules_by_hand)
+    # the match rate capped at .6, a = .2, b = 1: 3 (by hand in test_mdp_rules_by_hand)
     problem = StoppingProblem(IID(1.0), Affine(0.2, 1.0), 6)
     (earned,) = simulate(problem, ["ralmspec"], rounds=10_000, key=1).policies
     assert earned.total.mean_candidates == pytest.approx(3, rel=0.02)
