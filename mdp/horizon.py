@@ -142,7 +142,7 @@ def solve_horizon(
                 knots = even_and_kinks(arrays.accept_prob, arrays.into, threshold, num_knots, REACH)
                 last, found = jax.device_get(_advance(arrays, place(arrays.accept_prob, knots), rate, before))
                 lower, upper = _bounds(scaled, rate, counts, found[0] @ arrays.initial, np.abs(last).max())
-                narrow = bool((upper - lower <= tol * lower).all())
+                narrow = bool((upper - lower <= tol * lower)[counts <= num_tokens].all())
                 if narrow or 4 * num_knots > max_knots:
                     break
                 num_knots *= 4

@@ -16,8 +16,8 @@ mean is known. *Below:* the mean's values and slopes at the knots give tangents;
 much as chords lie above tangents on the segments beside them. The greatest convex minorant of that is linear between
 knots, convex and below $C_k$. The gap falls with $w^2$ where the law has a density; what is proven holds for any.
 
-Bounds on the throughput follow as in `mdp.solve`. Thresholds are where the tangents of CONTINUE from below cross STOP;
-how much CONTINUE can be worth there is read off above (`Priced.slack`).
+Bounds on the throughput follow as in `mdp.certificate`. Thresholds are where the tangents of CONTINUE from below cross
+STOP; how much CONTINUE can be worth there is read off above (`Priced.slack`).
 """
 
 from typing import NamedTuple

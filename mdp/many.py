@@ -8,7 +8,7 @@ Per problem, inside one compiled call:
 2. `mdp.lattice.ceiling` once, on the most knots, at that policy's rate and bias. It keeps a single row per regime, and
    is the side that needs resolution.
 
-Bounds follow as in `mdp.solve`; its certificate holds for any rate and bias. The lower one prices the policy found,
+Bounds follow as in `mdp.certificate`, which holds for any rate and bias. The lower one prices the policy found,
 the upper one the ceiling. Problems whose bounds or thresholds did not close go through a second, finer call; what is
 left is solved one at a time by `solve`, so that a status never speaks for a neighbour.
 
@@ -28,10 +28,11 @@ import numpy as np
 from jaxtyping import Float
 
 from mdp.batch import in_calls, member, round_times, stack, take
+from mdp.certificate import certificate
 from mdp.lattice import Rules, ceiling, lattice, prices, rules
 from mdp.price import Arrays
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.solve import MAX_SWEEPS, THRESHOLD_TOLERANCE, Solution, SolveStatus, certificate, improve, solve
+from mdp.solve import MAX_SWEEPS, THRESHOLD_TOLERANCE, Solution, SolveStatus, improve, solve
 
 __all__ = ["ManySolutions", "derivatives", "solve_many"]
 

@@ -242,7 +242,7 @@ def _check_keys(name: str, given: Mapping[str, Any], allowed: Any) -> None:
     names = [f.name for f in allowed]
     for key in given:
         if key not in names:
-            raise ValueError(f"{name}.{key}: unknown key; allowed are {', '.join(names)}")
+            raise ValueError(f"{name}.{key}: unknown key; allowed are {', '.join(names) or 'none'}")
     for f in allowed:
         if f.name not in given and f.default is f.default_factory:  # both are MISSING: no default
             raise ValueError(f"{name}.{f.name}: missing")

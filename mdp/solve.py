@@ -17,7 +17,8 @@ the outer loop (`mdp.value_iteration`).
 
 *Certificate* (`mdp.certificate`), whatever $\rho$ and $h$ the loop ends with. It ends `successful` only if these bounds
 are closer than `tol` and CONTINUE - STOP at each threshold is known to `THRESHOLD_TOLERANCE` (half for the knots, half
-for $\rho$; the bias is taken as it is).
+for $\rho$; the bias is taken as it is). In float32, for hidden regimes and for `logit_ar` it speaks of the bounds
+alone.
 
 *Hidden regimes* have a method of their own, `mdp.observed`.
 

@@ -8,10 +8,10 @@ $$h \leftarrow h + \tfrac12 (D - D(z_{ref})), \qquad \rho \leftarrow \rho + d / 
 
 d being $\min D$ if that is positive, $\max D$ if that is negative, else 0.
 
-The half keeps starts that take turns from going round for ever. $\rho$ moves to a bound on $\rho^*$ (`mdp.solution`),
-so it never overshoots. No linear system and no policy is evaluated; in return the error falls by a constant factor
-a step, close to 1 where long rounds are possible but rare or regimes hardly ever change, while policy iteration squares
-it. The bounds are the same certificate's, converged or not.
+The half keeps starts that take turns from going round for ever. $\rho$ moves to a bound on $\rho^*$
+(`mdp.certificate`), so it never overshoots. No linear system and no policy is evaluated; in return the error falls by
+a constant factor a step, close to 1 where long rounds are possible but rare or regimes hardly ever change, while
+policy iteration squares it. The bounds are the same certificate's, converged or not.
 """
 
 from typing import Any, NamedTuple

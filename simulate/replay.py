@@ -216,6 +216,8 @@ def _contender(trace: Trace, spec: PolicySpec) -> _Contender:
     if not trace.manifest.get("replayable", True):
         raise ValueError("trace: its draft does not depend on the text alone (replayable is false in its manifest)")
     wanted = frozenset(ThresholdTable.needs) if spec.policy is None else entrants.needs(spec.policy)
+    if "symbol" in wanted:
+        raise Lacking(spec.text, "symbol", "which a trace does not hold")
     signal = (spec.signal or PERFECT) if wanted & SIGNAL_FIELDS else None
     read = (wanted & RAW_FIELDS) | ({signal} if signal else set())
     for name in sorted(read):

@@ -1,8 +1,9 @@
 r"""Grids of problems x policies x seeds, as one labelled dataset.
 
 A *sweep* is a problem file with some of its numbers replaced by lists (`grid`), the policies to compare, and either
-seeds and rounds, or none: then every value is exact. Each point of the grid is one problem; it is solved, for the
-bounds and for `optimal`, and all policies are played on it with each seed, on the same coins.
+seeds and rounds, or none: then every value is exact, or enclosed (`throughput_lower`, `throughput_upper`). Each point
+of the grid is one problem; it is solved, for the bounds and for `optimal`, and all policies are played on it with each
+seed, on the same coins.
 
     {"problem": {...}, "grid": {"cost.draft_time": [0.1, 0.2], "acceptance.accept_prob": [0.7, 0.8, 0.9]},
      "policies": ["optimal", "fixed:4"], "seeds": [0, 1], "rounds": 10000}
@@ -12,6 +13,7 @@ others on this machine, or behind a Dask scheduler; to the last bit. Points are 
 a file of its own as soon as it is done. A run that is killed is resumed from those; a worker that dies costs its batch.
 """
 
+import hashlib
 import json
 import math
 import shutil
@@ -37,8 +39,10 @@ __all__ = ["Sweep", "from_file", "run"]
 MAX_CELLS = 10_000_000
 MOST_BATCHES = 256
 RATES = ("throughput", "throughput_se", "speedup", "block_efficiency", "verification_rate", "discard_rate")
+EXACT = (*(rate for rate in RATES if rate != "throughput_se"), "throughput_lower", "throughput_upper")
 UNITS = {
     "throughput": "tokens per unit of time", "throughput_se": "tokens per unit of time", "speedup": "1",
+    "throughput_lower": "tokens per unit of time", "throughput_upper": "tokens per unit of time",
     "block_efficiency": "tokens per target call", "verification_rate": "target calls per token",
     "discard_rate": "candidates per token", "lower": "tokens per unit of time", "upper": "tokens per unit of time",
     "solved": "1 if the bounds closed",
@@ -64,6 +68,9 @@ class Sweep:
             isinstance(axis, list) and axis for axis in self.grid.values()
         ):
             raise ValueError('grid: must be an object of lists that are not empty, as {"cost.draft_time": [0.1, 0.2]}')
+        for path, axis in self.grid.items():
+            if len({json.dumps(value) for value in axis}) < len(axis):
+                raise ValueError(f"grid.{path}: a value is given twice")
         if not isinstance(self.policies, (list, tuple)) or not all(isinstance(text, str) for text in self.policies):
             raise ValueError(f"policies: must be a list of policy strings, got {self.policies!r:.60}")
         whole = [isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**63 for seed in self.seeds]
@@ -137,6 +144,8 @@ def from_file(path: str | Path) -> Sweep:
                 raise ValueError(f"{key}: missing")
         if not isinstance(data["problem"], dict) or not isinstance(data.get("seeds", []), list):
             raise ValueError("problem: must be an object, and seeds a list")
+        if "seeds" in data and data.get("rounds") is None:
+            raise ValueError("seeds: are for rounds, which are left out; exact values have none")
         return Sweep(**data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -163,8 +172,7 @@ def run(
     Raises:
         ValueError: if a point is no problem, a policy has no value there, or files are in the way.
     """
-    for index in range(sweep.num_points):  # all are checked before any is worked on
-        sweep.point(index)
+    _check(sweep)
     size = max(1, -(-sweep.num_points // MOST_BATCHES))
     batches = [range(first, min(first + size, sweep.num_points)) for first in range(0, sweep.num_points, size)]
     parts = None if out is None else _parts(Path(out), sweep, resume)
@@ -181,6 +189,28 @@ def run(
         draft.replace(out)
         shutil.rmtree(parts)
     return dataset
+
+
+def _check(sweep: Sweep) -> None:
+    """Every point and what each policy asks of it, before any is worked on."""
+    from mdp.evaluate import check_exact, evaluate
+    from simulate.rounds import check
+
+    for index in range(sweep.num_points):
+        name, problem = sweep.point(index)
+        try:
+            for spec in entrants.read(sweep.policies):
+                if spec.policy is None:
+                    continue
+                entrants.fit_depth(spec.text, spec.policy, int(problem.max_candidates), problem.acceptance.num_regimes)
+                if sweep.rounds is not None:
+                    check(problem, spec)
+                elif index:
+                    check_exact(problem, spec)
+                else:  # whether a rule has an exact value at all, the first point tells
+                    evaluate(problem, spec)
+        except ValueError as error:
+            raise ValueError(f"at {name}: {error}" if name else str(error)) from None
 
 
 def batch(sweep: Sweep, points: Iterable[int]) -> list[dict[str, Any]]:
@@ -207,7 +237,9 @@ def _exact(problem: StoppingProblem, specs: list) -> list[list[float | None]]:
     from mdp.evaluate import evaluate
 
     found = [evaluate(problem, spec).to_dict() for spec in specs]
-    return [[value.get(rate) for rate in RATES] for value in found]
+    for value in found:  # where a value is enclosed rather than exact these differ
+        value["throughput_lower"], value["throughput_upper"] = value.get("throughput_bounds", [value["throughput"]] * 2)
+    return [[value[rate] for rate in EXACT] for value in found]
 
 
 def _played(problem: StoppingProblem, specs: list, rounds: int, seed: int) -> list[list[float | None]]:
@@ -271,7 +303,7 @@ def _parts(out: Path, sweep: Sweep, resume: bool) -> Path:
         raise ValueError(f"out: {out} is there already")
     if not out.parent.is_dir():
         raise ValueError(f"out: {out.parent} is no folder")
-    same = json.dumps({"sweep": asdict(sweep), "versions": _versions()}, sort_keys=True)
+    same = json.dumps({"sweep": asdict(sweep), "versions": _versions()})  # in order: points are numbered by it
     if parts.exists():
         if not resume:
             raise ValueError(f"out: {parts} holds an unfinished sweep; resume it or remove the folder")
@@ -288,7 +320,10 @@ def _finished(parts: Path, batches: list[range]) -> dict[int, list]:
     done = {}
     for path in parts.glob("[0-9]*.json"):
         index = int(path.stem)
-        result = json.loads(path.read_text())
+        try:
+            result = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"out: {path} is damaged; remove it") from None
         if index >= len(batches) or len(result) != len(batches[index]):
             raise ValueError(f"out: {path} does not belong to this sweep; remove it")
         done[index] = result
@@ -303,7 +338,13 @@ def _write(path: Path, text: str) -> None:
 
 
 def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("specstop", "numpy", "jax")}
+    """What a result depends on besides the sweep; `source` is a digest of the code itself."""
+    digest = hashlib.blake2b(digest_size=8)
+    for package in ("mdp", "simulate"):
+        folder = Path(__file__).parents[1] / package
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return {name: version(name) for name in ("specstop", "numpy", "scipy", "jax")} | {"source": digest.hexdigest()}
 
 
 def _dataset(sweep: Sweep, results: list[list[dict[str, Any]]]) -> "xarray.Dataset":
@@ -314,9 +355,9 @@ def _dataset(sweep: Sweep, results: list[list[dict[str, Any]]]) -> "xarray.Datas
     seeds = list(sweep.seeds) if sweep.rounds else []
     dims = (*names.values(), *(["seed"] if seeds else []), "policy")
     rates = np.array([point["rates"] for point in points], dtype=np.float64)  # [points, seeds, policies, rates]
-    rates = rates.reshape(*shape, *([len(seeds)] if seeds else []), len(sweep.policies), len(RATES))
-    data: dict[str, Any] = {name: (dims, rates[..., i], {"units": UNITS[name]}) for i, name in enumerate(RATES)
-                            if seeds or name != "throughput_se"}  # fmt: skip
+    shown = RATES if seeds else EXACT
+    rates = rates.reshape(*shape, *([len(seeds)] if seeds else []), len(sweep.policies), len(shown))
+    data: dict[str, Any] = {name: (dims, rates[..., i], {"units": UNITS[name]}) for i, name in enumerate(shown)}
     for name in ("lower", "upper", "solved"):
         values = np.array([point[name] for point in points]).reshape(shape)
         data[name] = (tuple(names.values()), values, {"units": UNITS[name]})

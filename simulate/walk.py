@@ -28,6 +28,7 @@ __all__ = ["Counts", "one_regime", "walk"]
 
 STEPS = 16  # between two looks at whether all lanes are done
 BATCH = 2**20  # rounds of a lane in one call, so that its counts fit 32 bits
+BURN_IN = np.uint32(2**31)  # the address of the first round that is burnt in
 
 
 class Counts(NamedTuple):
@@ -80,12 +81,16 @@ def walk(
     lane = _Lane(zeros, zeros + np.uint32(found.begin_row), zeros, zeros, zeros + np.uint32(1), zeros, zeros, zeros,
                  None if even else jnp.zeros(num_lanes, dtype=jnp.float64))  # fmt: skip
     static = {"persistent": problem.persistent, "clairvoyant": found.clairvoyant}
-    if burn_in:
-        lane = _walk(tables, lane, keys, jnp.full(num_lanes, burn_in, dtype=jnp.uint32), **static)
+    if burn_in:  # at addresses of its own, so that counted rounds are the same for rules with and without it
+        until = jnp.full(num_lanes, BURN_IN + np.uint32(burn_in), dtype=jnp.uint32)
+        lane = _walk(tables, lane._replace(rounds=zeros + BURN_IN), keys, until, **static)._replace(rounds=zeros)
     drafted, accepted, time = (np.zeros(num_lanes, dtype=kind) for kind in (np.int64, np.int64, np.float64))
     for done in range(0, int(quota.max()), BATCH):
-        until = burn_in + np.minimum(quota, done + BATCH)
+        until = np.minimum(quota, done + BATCH)
         lane = lane._replace(drafted=zeros, accepted=zeros, time=lane.time if even else 0.0 * lane.time)
+        if done and not problem.persistent:  # lanes that were done have walked on, uncounted
+            fresh = zeros + np.uint32(found.first_row)
+            lane = lane._replace(node=zeros, row=fresh, num_candidates=zeros, whole=zeros + np.uint32(1))
         lane = _walk(tables, lane, keys, jnp.asarray(until, dtype=jnp.uint32), **static)
         drafted, accepted = drafted + np.asarray(lane.drafted), accepted + np.asarray(lane.accepted)
         time = time if even else time + np.asarray(lane.time)
@@ -135,7 +140,7 @@ def _walk(tables: _Tables, lane: _Lane, keys: Any, until: Any, persistent: bool,
             accepted=now.accepted + (kept & drafts & counts),
             time=None if now.time is None else now.time + jnp.where(ended & active, tables.round_time[drafted], 0.0),
         )
-        # a lane that is done stands still, so that it can go on later
+        # where rounds persist, a lane that is done stands still, so that it can go on later
         hold = (
             after
             if not persistent

@@ -74,6 +74,7 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
 
 
 not_negative = number(-5e-324, float("inf"), "a finite number >= 0")
+probability = number(-5e-324, 1.0 + 2.0**-52, "a number in [0, 1]")
 fraction = number(0.0, 1.0, "a number between 0 and 1")
 seed = whole_number(0, 2**63 - 1)
 
@@ -152,9 +153,17 @@ def build_parser() -> Parser:
     policies(simulate)
     simulate.add_argument("--rounds", type=whole_number(1, 10**9), default=100_000, help="per policy (default 100000)")
     simulate.add_argument("--seed", type=seed, default=0, help="default 0")
+    simulate.add_argument("--max-new-tokens", type=whole_number(1, 2**31), help="texts end there (default: never)")
+    simulate.add_argument(
+        "--end-prob", type=probability, default=0.0, help="any token ends its text so often (default 0)"
+    )
 
-    sweep = verb("sweep", "a grid of problems x policies x seeds, as one netCDF file")
-    sweep.add_argument("sweep", metavar="SWEEP.json", help="problem, grid, policies, seeds, rounds; see the README")
+    sweep = verb(
+        "sweep", "a grid of problems x policies x seeds, as one netCDF file",
+        'SWEEP.json holds {"problem": a problem file\'s content, "grid": {"cost.draft_time": [0.1, 0.2]}, "policies": '
+        '["optimal", "fixed:4"], "seeds": [0, 1], "rounds": 10000}; without rounds every value is exact.',
+    )  # fmt: skip
+    sweep.add_argument("sweep", metavar="SWEEP.json", help="problem, grid, policies, seeds, rounds")
     sweep.add_argument("--out", metavar="FILE.nc", required=True, help="must not exist yet")
     sweep.add_argument("--resume", action="store_true", help="go on with what a killed run left beside it")
     sweep.add_argument("--workers", type=whole_number(0, 1024), default=0, help="processes (default 0: this one)")

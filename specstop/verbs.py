@@ -26,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
+NO_LIMIT = 2**31  # tokens, where texts end by chance alone
 
 MOST_COLUMNS = 9
 """Regimes whose thresholds are printed; a table has one column for each."""
@@ -47,7 +48,9 @@ def solve(args: Namespace) -> int:
     option = "--num-tokens" if args.num_tokens else "--method" if args.method == "value_iteration" else ""
     for path, problem in zip(args.problems, problems, strict=True):
         if option and not problem.acceptance.finite:
-            raise ValueError(f"{path}: {option} needs a finite process, {problem.acceptance.kind} is continuous")
+            kind = problem.acceptance.kind
+            why = "hides its regimes" if kind == "observed" else "is continuous"
+            raise ValueError(f"{path}: {option} needs a finite process, {kind} {why}")
     code = DONE
     for path, problem in zip(args.problems, problems, strict=True):
         solution = _solve(problem, args)
@@ -150,13 +153,16 @@ def simulate(args: Namespace) -> int:
     (problem,) = inputs.read_problems([args.problem])
     specs = inputs.read_policies(args.policies, problem)
 
+    from simulate.requests import Requests
     from simulate.rounds import check, simulate
 
     specs, lacking = inputs.able(args.policies, specs, lambda spec: check(problem, spec))
     solution = _solve(problem, args) if any(spec.solves for spec in specs) else None
 
     solved = [replace(spec, policy=spec.policy or solution.policy) for spec in specs]  # type: ignore[union-attr]
-    result = simulate(problem, solved, rounds=args.rounds, key=args.seed)
+    ends = args.max_new_tokens or args.end_prob
+    requests = Requests(args.max_new_tokens or NO_LIMIT, args.end_prob) if ends else None
+    result = simulate(problem, solved, rounds=args.rounds, key=args.seed, requests=requests)
     _print_comparison(result.to_dict(), lacking, args)
     return _code(solution)
 
@@ -166,7 +172,10 @@ def sweep(args: Namespace) -> int:
     from simulate.sweep import from_file, run
 
     start, planned = time.perf_counter(), from_file(args.sweep)
-    found = run(planned, out=args.out, resume=args.resume, workers=args.workers, scheduler=args.scheduler)
+    try:
+        found = run(planned, out=args.out, resume=args.resume, workers=args.workers, scheduler=args.scheduler)
+    except ValueError as error:
+        raise ValueError(f"{args.sweep}: {error}") from None
     unsolved = int((found.solved == 0).sum())
     result = {"out": args.out, "cells": planned.num_cells, "dims": dict(found.sizes), "not_converged": unsolved,
               "seconds": time.perf_counter() - start}  # fmt: skip

@@ -85,3 +85,16 @@ def test_bad_input_is_one_line(run, argv, part):
     code, out, err = run("check", *argv)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and part in err
+
+
+def test_hidden_regimes_are_checked_and_nothing_is_printed_before_all_are(tmp_path, capsys):
+    problem = json.loads((Path(__file__).parent / "golden" / "problem.json").read_text())
+    hidden = problem | {
+        "acceptance": problem["acceptance"] | {"kind": "observed", "observation": [[0.9, 0.1], [0.2, 0.8]]}
+    }
+    hidden.pop("coupling", None)
+    hidden["max_candidates"] = 4
+    (tmp_path / "hidden.json").write_text(json.dumps(hidden))
+    assert main(["check", "--json", str(tmp_path / "hidden.json")]) == 0
+    (fact,) = [fact for fact in json.loads(capsys.readouterr().out)["facts"] if fact["status"] != "not applicable"]
+    assert fact["id"] == "F8" and fact["status"] == "holds"

@@ -77,6 +77,8 @@ def test_a_stopped_run_is_resumed(tmp_path, monkeypatch):
         run(SMALL, out=tmp_path / "a.nc", progress=False)
     with pytest.raises(ValueError, match="holds another sweep"):
         run(replace(SMALL, rounds=501), out=tmp_path / "a.nc", resume=True, progress=False)
+    with pytest.raises(ValueError, match="holds another sweep"):  # other points under the same numbers
+        run(replace(SMALL, grid=dict(reversed(SMALL.grid.items()))), out=tmp_path / "a.nc", resume=True, progress=False)
     monkeypatch.setattr(sweeps, "batch", lambda sweep, points: calls.append(list(points)) or once(sweep, points))
     resumed = run(SMALL, out=tmp_path / "a.nc", resume=True, progress=False)
     assert sorted(point for points in calls for point in points) == list(range(6))  # each exactly once
@@ -125,6 +127,14 @@ def test_ten_thousand_cells_killed_and_resumed(tmp_path):
         xarray.testing.assert_identical(saved.load(), run(sweep, progress=False))
 
 
+def test_enclosed_values_say_between_what():
+    beta = {"acceptance": {"kind": "beta_mixture", "mean": 0.8, "concentration": 4.0}, "cost": PROBLEM["cost"],
+            "max_candidates": 4}  # fmt: skip
+    found = run(Sweep(beta, {"cost.draft_time": [0.1, 0.3]}, ("fixed:2", "rejection:0.3")), progress=False)
+    width = found.throughput_upper - found.throughput_lower
+    assert (width.sel(policy="fixed:2") == 0).all() and (width.sel(policy="rejection:0.3") > 0).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -133,11 +143,15 @@ def test_ten_thousand_cells_killed_and_resumed(tmp_path):
         ({"grid": {"cost.kind.deep": [1]}}, "leads nowhere"),
         ({"policies": ["fixed:2", "fixed:2"]}, "given twice"),
         ({"policies": ["nonsense"]}, "unknown rule"),
-        ({"seeds": [0, 0]}, "seeds: must be different"),
+        ({"seeds": [0, 0], "rounds": 10}, "seeds: must be different"),
+        ({"seeds": [0, 1]}, "seeds: are for rounds"),
+        ({"grid": {"cost.draft_time": [0.1, 0.1]}}, "grid.cost.draft_time: a value is given twice"),
         ({"rounds": 0}, "rounds: must be a whole number"),
         ({"surplus": 1}, "surplus: unknown key"),
         ({"problem": []}, "problem: must be an object"),
         ({"policies": ["fixed:9"]}, r"length must be in 0..4 here"),
+        ({"policies": ["svip"], "rounds": 10}, r"at cost.draft_time = 0.1: policy 'svip' needs entropy"),
+        ({"policies": ["selftuned"]}, r"at cost.draft_time = 0.1: policy 'selftuned'"),
     ],
 )
 def test_refusals(tmp_path, change, message):
@@ -146,6 +160,16 @@ def test_refusals(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as caught:
         run(from_file(tmp_path / "spec.json"), progress=False)
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_batch_is_named(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweeps, "_dataset", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(SMALL, out=tmp_path / "a.nc", progress=False)
+    (tmp_path / "a.nc.parts" / "00001.json").write_text("{")
+    with pytest.raises(ValueError, match=r"00001\.json is damaged"):
+        run(SMALL, out=tmp_path / "a.nc", resume=True, progress=False)
 
 
 def test_files_in_the_way(tmp_path):

@@ -134,14 +134,25 @@ def test_lanes_keep_their_rounds_whatever_the_others_do():
         np.testing.assert_array_equal(few[:15], many[:15])
 
 
-def test_calls_of_bounded_size_go_on_where_the_last_ended(monkeypatch):
+@pytest.mark.parametrize("persistent", [False, True])
+def test_calls_of_bounded_size_go_on_where_the_last_ended(monkeypatch, persistent):
     rng = np.random.default_rng(4)
-    problem, rule = random_problem(rng, 3, 5, True, True), parse("rejection:0.6").policy
+    problem, rule = random_problem(rng, 3, 5, persistent, True), parse("rejection:0.6").policy
     whole = played(problem, rule, np.full(16, 100), burn_in=7)
     monkeypatch.setattr("simulate.walk.BATCH", 9)
     parts = played(problem, rule, np.full(16, 100), burn_in=7)
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-13)
+
+
+def test_burn_in_has_addresses_of_its_own():
+    """A rule that is burnt in meets the coins of one that is not, so their difference profits."""
+    problem = random_problem(np.random.default_rng(8), 3, 5, True, False)
+    rule, quota = parse("fixed:3").policy, np.full(512, 64)
+    cold, burnt = (played(problem, rule, quota, burn_in=rounds).accepted / quota for rounds in (0, 50))
+    assert np.corrcoef(cold, burnt)[0, 1] > 0.5
+    other = played(problem, rule, quota, seed=1).accepted / quota
+    assert abs(np.corrcoef(cold, other)[0, 1]) < 0.2
 
 
 def test_a_lane_that_plays_fixed_steps_would_be_biased():
