@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from typing import Any
 
+import jax
 import numpy as np
 
 from mdp.acceptance import IID, MarkovModulated, Position, TokenPair
@@ -22,6 +23,7 @@ from mdp.problem import Persistent, StoppingProblem
 from mdp.solve import SolveStatus, solve
 
 MOST_REGIMES, MOST_CANDIDATES = 16, 64
+FORGET = 100  # problems, after which compiled programs are dropped: some hundred shapes exhaust a process's memory maps
 PROCESSES = ("iid", "position", "markov_modulated", "persistent", "token_pair")
 COSTS = ("affine", "table", "roofline", "overlapped")
 
@@ -92,6 +94,8 @@ def main() -> None:
     tallies: dict[str, Counter] = {status.name: Counter() for status in SolveStatus}
     seconds, width, begun = [], 0.0, time.perf_counter()
     for seed in range(options.seed, options.seed + count):
+        if (seed - options.seed) % FORGET == FORGET - 1:
+            jax.clear_caches()
         problem = draw(seed)
         solution = solve(problem)
         seconds.append(solution.seconds)
