@@ -10,6 +10,9 @@ from specstop.cli import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+NAMES = {
+    text: name for name, text in re.findall(r"^`([\w.]+)`:\n\n```json\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+}
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 
 
@@ -41,7 +44,7 @@ def test_blocks_and_commands_run(workplace, monkeypatch, capsys):
         if language == "python":
             exec(compile(text, "README.md", "exec"), namespace)
         elif language == "json":
-            Path("problem.json").write_text(text)
+            Path(NAMES[text]).write_text(text)
         elif language == "sh":
             for line in text.splitlines():
                 # record and demo need the bundled model and minutes; .ci/run and the slow tests run them
