@@ -30,8 +30,8 @@ import numpy as np
 from jaxtyping import Float
 
 from mdp.certificate import certificate
-from mdp.evaluate import MERGE, round_law
-from mdp.policy import TIE, ThresholdTable
+from mdp.evaluate import round_law
+from mdp.policy import MERGE, TIE, ThresholdTable
 from mdp.problem import FiniteProblem
 from mdp.solution import Solution, SolveStatus
 

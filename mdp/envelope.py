@@ -24,7 +24,7 @@ from jaxtyping import Float
 
 from mdp.problem import FiniteProblem
 
-__all__ = ["Blind", "Seen", "blind", "hull", "prices", "relaxed", "seen"]
+__all__ = ["Blind", "Seen", "blind", "hull", "relaxed", "seen"]
 
 MOST_KNOTS, LEAST_KNOTS, MAX_VALUES = 1025, 65, 2**24
 """Knots of survival, and how many values of the visible problem are kept."""
@@ -50,11 +50,6 @@ class Seen(NamedTuple):
     value: Float[np.ndarray, "K+1 Z M"]
 
 
-def prices(problem: FiniteProblem) -> Float[np.ndarray, " K"]:
-    """Time that one more candidate adds to the round."""
-    return problem.draft_time + np.diff(problem.verify_time)
-
-
 def blind(problem: FiniteProblem, k: int) -> Blind:
     """Rules from depth k on that do not look, up to `MOST_BLIND` more candidates; none at k = K."""
     flow, total, rows = np.eye(problem.num_regimes), np.zeros(problem.num_regimes), []
@@ -62,7 +57,7 @@ def blind(problem: FiniteProblem, k: int) -> Blind:
         flow = flow @ (problem.transition * accept)
         total = total + flow.sum(axis=1)
         rows.append(total)
-    return Blind(np.reshape(rows, (-1, problem.num_regimes)), np.cumsum(prices(problem)[k : k + MOST_BLIND]))
+    return Blind(np.reshape(rows, (-1, problem.num_regimes)), np.cumsum(problem.step_time[k : k + MOST_BLIND]))
 
 
 def seen(problem: FiniteProblem, rate: float) -> Seen:
@@ -74,7 +69,7 @@ def seen(problem: FiniteProblem, rate: float) -> Seen:
     for k in range(depth - 1, -1, -1):
         after = knots * problem.accept_prob[k][:, None]
         after = after + np.stack([np.interp(at, knots, row) for at, row in zip(after, value[k + 1], strict=True)])
-        value[k] = np.maximum(problem.transition @ after - rate * prices(problem)[k], 0.0)
+        value[k] = np.maximum(problem.transition @ after - rate * problem.step_time[k], 0.0)
     return Seen(rate, value)
 
 
@@ -83,7 +78,7 @@ def relaxed(problem: FiniteProblem, seen: Seen, k: int, points: Float[np.ndarray
     size = problem.num_regimes
     kept = points[:, :size] @ problem.transition * problem.accept_prob[k]
     moved = points[:, size:] @ problem.transition
-    worth = kept.sum(axis=1) - seen.rate * prices(problem)[k] * moved.sum(axis=1)
+    worth = kept.sum(axis=1) - seen.rate * problem.step_time[k] * moved.sum(axis=1)
     share = np.divide(kept, moved, out=np.zeros_like(kept), where=moved > 0)
     last = seen.value.shape[2] - 1
     place = np.minimum(share, 1.0) * last

@@ -31,6 +31,7 @@ from mdp.entrants import fit_depth, label, needs, read
 from mdp.histories import histories_law
 from mdp.metrics import Tally
 from mdp.policy import (
+    MERGE,
     FixedLength,
     LookaheadThreshold,
     Observation,
@@ -43,13 +44,15 @@ from mdp.policy import (
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.rounded import enclose
 
-__all__ = ["Evaluation", "RoundLaw", "TreeTooLarge", "check_exact", "evaluate", "long_run", "round_law", "round_laws"]
+__all__ = ["SHOWN", "Evaluation", "RoundLaw", "TreeTooLarge", "check_exact", "evaluate", "long_run",
+           "observer", "round_law", "round_laws"]  # fmt: skip
 
 MAX_STATES = 5_000_000
 WIDEST = 1e-3  # relative width of an enclosure that still is a value
-SHOWN = ("survival", "next_accept_prob", "regime", "token_accept_prob", "verify_time", "step_time")
+SHOWN = frozenset({"survival", "next_accept_prob", "regime", "token_accept_prob", "verify_time", "step_time"})
+"""What any finite problem shows (`observer`)."""
+
 SAME_RATE = 1e-9  # classes whose throughputs differ by less, relatively, are equally good
-MERGE = 2.0**44  # survivals closer than 1 / MERGE are one state; far below the rules' own tolerance for ties
 
 
 class RoundLaw(NamedTuple):
@@ -213,6 +216,29 @@ def long_run(law: RoundLaw, initial: Float[np.ndarray, " Z"], text: str) -> Floa
     return laws[0]
 
 
+def observer(problem: FiniteProblem, features: Mapping[str, np.ndarray]) -> Callable[..., Observation]:
+    """What a rule sees with k < K candidates in each of n states: a function of k, regime [n] and survival [n] or None.
+
+    `features`: as for `round_law`.
+    """
+    next_accept_prob, step_time = problem.next_accept_prob, problem.step_time
+
+    def observe(k: int, regime: np.ndarray, survival: np.ndarray | None) -> Observation:
+        none = np.ones(len(regime))
+        return Observation(
+            num_candidates=k,
+            survival=survival,
+            next_accept_prob=next_accept_prob[k][regime],
+            regime=regime,
+            token_accept_prob=problem.accept_prob[k - 1][regime] if k else none,
+            verify_time=problem.verify_time[k],
+            step_time=step_time[k],
+            **{name: values[regime] if k else none for name, values in features.items()},
+        )
+
+    return observe
+
+
 def round_law(problem: FiniteProblem, policy: Policy, features: Mapping[str, np.ndarray] | None = None) -> RoundLaw:
     """What one round earns and where the next one starts, exactly.
 
@@ -268,7 +294,7 @@ def round_laws(
     size, depth, columns = problem.num_regimes, problem.max_candidates, num_rules + 1  # the last: beyond all rules
     if num_rules > 1 and (columns * size * len(starts) > MAX_STATES or columns * size * MERGE >= 2.0**63):
         raise TreeTooLarge(f"the problem is too large for {num_rules} rules at once")
-    next_accept_prob = problem.next_accept_prob
+    observe = observer(problem, features or {})
     bonus = problem.bonus if problem.bonus is not None else np.zeros((size, 0))
     rejection = problem.rejection if problem.rejection is not None else np.zeros((size, 0))
     survival = np.ones(size) if reads_survival else None
@@ -280,19 +306,7 @@ def round_laws(
     for k in range(depth + 1):
         first = np.full(len(states.regime), num_rules)
         if k < depth:
-            observation = Observation(
-                num_candidates=k,
-                survival=states.survival,
-                next_accept_prob=next_accept_prob[k][states.regime],
-                regime=states.regime,
-                token_accept_prob=problem.accept_prob[k - 1][states.regime] if k else np.ones(len(states.regime)),
-                verify_time=problem.verify_time[k],
-                step_time=problem.round_time[k + 1] - problem.round_time[k],
-                **{
-                    key: values[states.regime] if k else np.ones(len(states.regime))
-                    for key, values in (features or {}).items()
-                },
-            )
+            observation = observe(k, states.regime, states.survival)
             first = np.maximum(first_going_on(observation), states.first)
         stops = first > states.first  # under the rules from states.first up to first
         ended, onward = states.select(stops), first[stops]

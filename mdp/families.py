@@ -24,16 +24,16 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from mdp.chain import recurrent_classes, stationary_law
+from mdp.policy import MERGE
 from mdp.problem import FiniteProblem, start_graph
 
 __all__ = [
-    "INDEXES", "Ladder", "Lengths", "Optimum", "best_lengths", "candidate_times", "goodput", "ladder",
+    "INDEXES", "Ladder", "Lengths", "Optimum", "best_lengths", "goodput", "ladder",
     "lookahead_table", "next_start_gain", "optimum", "start_regimes",
 ]  # fmt: skip
 
 MAX_NODES = 2_000_000  # numbers kept of all nodes
 LOWEST = (0.0, 1e-4, 1e-3, 0.01, 0.03, 0.1, 0.3, 0.6)
-MERGE = 2.0**44  # survivals and levels closer than 1 / MERGE, relatively to 1, are one node
 SAME = 1e-11  # levels closer than this are one threshold: products that differ by their rounding
 FOREVER = 1e18  # the index of a node where drafting on costs no time
 MAX_ROUNDS = 100
@@ -52,7 +52,7 @@ def _lookahead(problem: FiniteProblem, k: int, regime: np.ndarray, survival: np.
 
 
 def _rate(problem: FiniteProblem, k: int, regime: np.ndarray, survival: np.ndarray) -> np.ndarray:
-    price = candidate_times(problem)[k]
+    price = problem.step_time[k]
     gain = _lookahead(problem, k, regime, survival)
     return np.minimum(gain / price, FOREVER) if price > 0 else np.full(len(regime), FOREVER)
 
@@ -98,11 +98,6 @@ def start_regimes(problem: FiniteProblem) -> Bool[np.ndarray, " Z"]:
     return start_graph(problem)[1] if problem.persistent else problem.initial > 0
 
 
-def candidate_times(problem: FiniteProblem) -> Float[np.ndarray, " K"]:
-    """$c_k = t_d + V(k+1) - V(k)$: what one more candidate adds to the time of the round."""
-    return problem.draft_time + np.diff(problem.verify_time)
-
-
 def next_start_gain(problem: FiniteProblem, k: int) -> Float[np.ndarray, "Z Z"]:
     """Per unit of survival, how candidate k + 1 changes the law of the next start; nothing if rounds renew."""
     if problem.rejection is None or problem.bonus is None:
@@ -116,7 +111,7 @@ def lookahead_table(problem: FiniteProblem, rate: float, bias: np.ndarray) -> Fl
 
     $g_k = \bar a_k$ if rounds renew; else the bias of the next start is added to it.
     """
-    prices = rate * candidate_times(problem)
+    prices = rate * problem.step_time
     table = np.zeros((problem.max_candidates, problem.num_regimes))
     for k, price in enumerate(prices):
         gain = problem.next_accept_prob[k].copy()
@@ -185,7 +180,7 @@ def ladder(problem: FiniteProblem, index: str) -> Ladder:
 def _ladder(problem: FiniteProblem, index: Index, lowest: float) -> Ladder | None:
     starts = np.flatnonzero(start_regimes(problem))
     roots = np.eye(problem.num_regimes)[starts] if problem.persistent else problem.initial[None, :]
-    prices, into = candidate_times(problem), starts if problem.persistent else starts[:0]
+    prices, into = problem.step_time, starts if problem.persistent else starts[:0]
     levels, parts, room = [], [], MAX_NODES
     for k, nodes in enumerate(_grow(problem, roots, index, lowest)):
         room -= nodes.mass.size * (2 + len(into)) * (1 + problem.num_regimes)
@@ -236,7 +231,7 @@ def best_lengths(problem: FiniteProblem) -> Lengths:
     """Every fixed length, and the best length chosen at the round's start, where the start regime is seen."""
     starts = np.flatnonzero(start_regimes(problem))
     depth, into = problem.max_candidates, starts if problem.persistent else starts[:0]
-    prices, alive = candidate_times(problem), np.eye(problem.num_regimes)[starts]
+    prices, alive = problem.step_time, np.eye(problem.num_regimes)[starts]
     emitted, time = np.ones((depth + 1, len(starts))), np.zeros((depth + 1, len(starts)))
     leads = np.zeros((depth + 1, len(starts), len(into)))
     if problem.bonus is not None:
@@ -319,7 +314,7 @@ def optimum(problem: FiniteProblem) -> Optimum:
         1.867555555556
     """
     starts = np.flatnonzero(start_regimes(problem))
-    prices, into = candidate_times(problem), starts if problem.persistent else starts[:0]
+    prices, into = problem.step_time, starts if problem.persistent else starts[:0]
     levels = _levels(problem, starts)
     gains = [next_start_gain(problem, k)[:, into] for k in range(problem.max_candidates)]
     verify = problem.verify_time[0]
@@ -376,7 +371,7 @@ def goodput(problem: FiniteProblem) -> float:
     starts = np.flatnonzero(start_regimes(problem))
     roots = np.eye(problem.num_regimes)[starts] if problem.persistent else problem.initial[None, :]
     into = starts if problem.persistent else starts[:0]
-    size, num_starts, prices = problem.num_regimes, len(roots), candidate_times(problem)
+    size, num_starts, prices = problem.num_regimes, len(roots), problem.step_time
     emitted, time = np.ones(num_starts), np.full(num_starts, problem.verify_time[0])
     leads = problem.bonus[np.ix_(starts, starts)] if problem.bonus is not None else np.zeros((num_starts, 0))
     regime, survival, earned, mass = np.arange(size), np.ones(size), np.ones(size), roots.T

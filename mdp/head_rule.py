@@ -25,6 +25,7 @@ from jaxtyping import Float
 from scipy import special
 
 from mdp.acceptance import BetaMixture
+from mdp.policy import MERGE, TIE
 from mdp.problem import FiniteProblem, StoppingProblem
 
 __all__ = [
@@ -38,8 +39,6 @@ __all__ = [
     "weighted",
 ]
 
-MERGE = 2.0**44
-TIE = 1e-12
 MAX_STATES = 2_000_000
 MAX_STEPS, MAX_THRESHOLD = 30, 0.999  # Dinkelbach takes about five
 SUBCELLS, FIRST_CELL = 4, np.geomspace(1e-9, 1.0, 96)
@@ -149,7 +148,7 @@ def head_curve(
 
 def _assemble(problem: FiniteProblem, threshold, reach, kept, reach_bounds=None, kept_bounds=None) -> HeadCurve:
     """The curve from P_j and F_j [K, N]; bounds are (below, above) pairs of the same."""
-    step = (problem.draft_time + np.diff(problem.verify_time))[:, None]
+    step = problem.step_time[:, None]
     start = problem.verify_time[0]
     emitted, drafted, time = 1.0 + kept.sum(axis=0), reach.sum(axis=0), start + (step * reach).sum(axis=0)
     lower = upper = emitted / time

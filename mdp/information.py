@@ -158,7 +158,7 @@ def _coin(problem: FiniteProblem) -> float:
     for accept_prob in problem.accept_prob:
         alive = (alive @ problem.transition) * accept_prob
         survival.append(float(alive.sum()))
-    steps = problem.draft_time + np.diff(problem.verify_time)
+    steps = problem.step_time
     powers = np.arange(1, problem.max_candidates + 1)
 
     def earned(go: float) -> float:

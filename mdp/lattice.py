@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-__all__ = ["Lattice", "Rules", "ceiling", "lattice", "prices", "rules", "window"]
+__all__ = ["Lattice", "Rules", "ceiling", "lattice", "rules", "step_time", "window"]
 
 NEVER = 1e30  # the time of a rule where there is none
 
@@ -102,7 +102,7 @@ def rules(problem: Any, on: Lattice, rate: Any, bias: Any) -> Rules:
         return jax.lax.dynamic_update_slice(later, now, (0, 0, 0)), _crossing(now, on.knots, rate)
 
     nothing = jnp.zeros((*stopped.shape, 2 * num_knots + 2)).at[:, 1].set(NEVER)
-    layers = (problem.accept_prob, on.start, prices(problem))
+    layers = (problem.accept_prob, on.start, step_time(problem))
     first, threshold = jax.lax.scan(step, nothing, layers, reverse=True)
     at_one = first[..., 0]
     goes_on = at_one[:, 0] >= rate * at_one[:, 1]
@@ -159,13 +159,13 @@ def ceiling(problem: Any, on: Lattice, rate: Any, bias: Any, threshold: Any) -> 
         exact = (now[:, -1] <= 0).all() & (price >= 0)
         return jax.lax.dynamic_update_slice(later, jnp.maximum(now, 0.0), (0, 0)), (worth.max(), exact)
 
-    layers = (problem.accept_prob, on.start, on.weight, prices(problem), threshold)
+    layers = (problem.accept_prob, on.start, on.weight, step_time(problem), threshold)
     first, (worth, exact) = jax.lax.scan(step, jnp.zeros((size, 2 * num_knots + 2)), layers, reverse=True)
     stop = 1.0 + after_bonus - rate * problem.verify_time[0]
     return stop + first[:, 0], worth.max(), exact.all()
 
 
-def prices(problem: Any) -> Any:
+def step_time(problem: Any) -> Any:
     """$c_k$ [K]: time that one more candidate adds to the round."""
     return problem.draft_time + jnp.diff(problem.verify_time)
 

@@ -29,7 +29,7 @@ from jaxtyping import Float
 
 from mdp.batch import in_calls, member, round_times, stack, take
 from mdp.certificate import certificate
-from mdp.lattice import Rules, ceiling, lattice, prices, rules
+from mdp.lattice import Rules, ceiling, lattice, rules, step_time
 from mdp.price import Arrays
 from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.solve import MAX_SWEEPS, THRESHOLD_TOLERANCE, Solution, SolveStatus, improve, solve
@@ -208,7 +208,7 @@ def _solve_one(finite: Any, start: _Start, knots: Fineness) -> _Found:
     starts = finite.initial > 0 if finite.bonus is None else _reachable(finite)
     problem = Arrays(**finite._asdict(), into=None, reachable=starts.astype(finite.initial.dtype))
     # A guess at the least threshold, from the price of a candidate; improved below.
-    guess = jnp.clip(0.3 * start.rate * prices(problem).min(), 1e-4, 0.5)
+    guess = jnp.clip(0.3 * start.rate * step_time(problem).min(), 1e-4, 0.5)
     rate, bias, lowest = start.rate, start.bias, jnp.where(start.lowest > 0, start.lowest, guess)
     for num_knots, precision in zip((knots.first, knots.second), (1e-4, 1e-7), strict=True):
         found, rate, bias = _improve_until(problem, num_knots, lowest, rate, bias, precision)

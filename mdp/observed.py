@@ -31,7 +31,7 @@ from scipy.spatial import KDTree
 
 from mdp.belief import MERGE, branch, cells, merge
 from mdp.certificate import certificate
-from mdp.envelope import Seen, blind, hull, prices, relaxed, seen
+from mdp.envelope import Seen, blind, hull, relaxed, seen
 from mdp.policy import TIE, BeliefRule
 from mdp.problem import FiniteProblem
 
@@ -136,7 +136,7 @@ def solve_hidden(
 def _merging(problem: FiniteProblem, rate: float) -> float:
     """What moving points by 1 / MERGE, once a depth, can do to the worth of a round."""
     depth, size = problem.accept_prob.shape
-    return depth * 2 * size / MERGE * (depth + rate * np.abs(prices(problem)).sum())
+    return depth * 2 * size / MERGE * (depth + rate * np.abs(problem.step_time).sum())
 
 
 def _grow(problem: FiniteProblem, observation: np.ndarray, rate: float, limit: int, slack: float):
@@ -197,7 +197,7 @@ def _choose(points: np.ndarray, mass: np.ndarray, gap: np.ndarray, limit: int, s
 def _value(problem: FiniteProblem, observation: np.ndarray, layers: list[_Layer], rate: float) -> _Valued:
     """Backward induction from both sides."""
     depth, size = problem.accept_prob.shape
-    visible, step_time = seen(problem, rate), prices(problem)
+    visible, step_time = seen(problem, rate), problem.step_time
     later, above = np.zeros((0, 3, size)), np.zeros(0)
     pairs: list[np.ndarray] = []
     for k in range(len(layers) - 1, -1, -1):

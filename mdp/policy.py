@@ -40,6 +40,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 __all__ = [
+    "MERGE",
     "RULES",
     "SIGNALS",
     "BeliefRule",
@@ -66,6 +67,9 @@ SIGNALS = ("token_accept_prob", "draft_prob", "top_prob", "entropy", "head")
 
 TIE = 1e-12
 """Two survivals closer than this are the same product rounded differently; a tie continues."""
+
+MERGE = 2.0**44
+"""Two survivals closer than 1 / MERGE are one state of a tree: far below `TIE`."""
 
 MAX_TABLE_BYTES = 16 * 2**20
 

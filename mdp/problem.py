@@ -75,6 +75,11 @@ class FiniteProblem(NamedTuple):
         return np.arange(self.max_candidates + 1) * self.draft_time + self.verify_time
 
     @property
+    def step_time(self) -> Float[np.ndarray, " K"]:
+        """$c_k = T(k+1) - T(k) = t_d + V(k+1) - V(k)$: what one more candidate adds to the time of the round."""
+        return self.draft_time + np.diff(self.verify_time)
+
+    @property
     def next_accept_prob(self) -> Float[np.ndarray, "K Z"]:
         r"""$\bar a_k(z) = \sum_{z'} P(z, z') a_{k+1}(z')$ for k = 0..K-1."""
         return self.accept_prob @ self.transition.T

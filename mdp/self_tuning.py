@@ -90,7 +90,7 @@ def _threshold(arrays, grid, rate, bias):
 def lookahead_family(problem: FiniteProblem, next_output: Float[np.ndarray, " Z"] | None = None) -> Family:
     r"""Continue iff $S \bar a(z) \ge \rho (t_d + V(k+1) - V(k))$; `next_output` stands for $\bar a$."""
     mean = problem.next_accept_prob if next_output is None else np.tile(next_output, (problem.max_candidates, 1))
-    step = (problem.draft_time + np.diff(problem.verify_time))[:, None]
+    step = problem.step_time[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         price = np.where(mean > 0, step / mean, np.where(step > 0, np.inf, 0.0))
     return lambda rate: np.minimum(rate * price, NEVER)

@@ -46,7 +46,7 @@ LOSS = 1e-9
 """A family of rules that loses more of the best throughput than this is not optimal."""
 
 ROUNDING = 1e-12
-TIE = 1e-9  # one-step look-ahead continues where its two sides are this close, relatively: rho* is rounded
+SIDES = 1e-9  # one-step look-ahead continues where its two sides are this close, relatively: rho* is rounded
 KNOTS = 1024
 CELLS, NODES = 255, 63
 """How finely a continuous law is cut that is drawn afresh, and one that depends on the candidate before."""
@@ -311,7 +311,7 @@ def one_step(case: Case) -> Fact:
     """
     broken = _broken(case, conditions.persists, conditions.concave, conditions.revealing)
     bias = case.solution.bias if case.exact else np.zeros(case.finite.num_regimes)
-    table = families.lookahead_table(case.finite, case.price, bias) * (1.0 - TIE)
+    table = families.lookahead_table(case.finite, case.price, bias) * (1.0 - SIDES)
     gap = np.where(case.met, np.minimum(table, 1.0) - np.minimum(case.threshold, 1.0), 0.0)
     off = np.abs(gap) > 1e-6
     k, z = np.unravel_index(np.abs(gap).argmax(), gap.shape)

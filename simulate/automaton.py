@@ -19,14 +19,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt64
 
 from mdp import entrants
-from mdp.policy import Observation, Policy
+from mdp.evaluate import observer
+from mdp.policy import MERGE, Observation, Policy
 from mdp.problem import FiniteProblem
 
 __all__ = ["ALIAS_BITS", "NODE_BITS", "ROW_BITS", "Automaton", "Flag", "Level", "alias_rows", "asked",
            "automaton", "levels", "successors"]  # fmt: skip
 
 MAX_ENTRIES = 2**21
-MERGE = 2.0**44  # survivals closer than 1 / MERGE are one node; far below the rules' own tolerance for ties
 NODE_BITS, ROW_BITS, ALIAS_BITS = 24, 20, 16
 
 
@@ -136,15 +136,14 @@ def levels(
     problem: FiniteProblem, rule: Policy, slot: Int[np.ndarray, "Z slots"], features: Mapping[str, np.ndarray]
 ) -> list[Level] | None:
     """The rule asked at every state it can meet, a depth at a time; the last level drafts nothing."""
-    reads, tree, nodes = entrants.needs(rule), [], 0
+    reads, observe, tree, nodes = entrants.needs(rule), observer(problem, features), [], 0
     regime = np.arange(problem.num_regimes)
     survival = np.ones(len(regime)) if "survival" in reads else None
     for k in range(problem.max_candidates + 1):
         drops = np.ones((len(regime), 2), dtype=bool)
         if k < problem.max_candidates:
-            drops = np.stack(
-                [asked(problem, rule, k, regime, survival, hit, features) for hit in (False, True)], axis=1
-            )
+            seen = observe(k, regime, survival)
+            drops = np.stack([asked(rule, seen, hit) for hit in (False, True)], axis=1)
         goes = ~drops.all(axis=1)
         child = np.zeros((len(regime), slot.shape[1]), dtype=np.int64)
         tree.append(Level(regime, drops, child))
@@ -165,29 +164,10 @@ def levels(
     return tree
 
 
-def asked(
-    problem: FiniteProblem,
-    rule: Policy,
-    k: int,
-    regime: Int[np.ndarray, " n"],
-    survival: Float[np.ndarray, " n"] | None,
-    hit: bool,
-    features: Mapping[str, np.ndarray],
-) -> Bool[np.ndarray, " n"]:
+def asked(rule: Policy, seen: Observation, hit: bool) -> Bool[np.ndarray, " n"]:
     """Whether the rule stops in each state, if the next candidate would be accepted and none was rejected (`hit`)."""
-    none = np.ones(len(regime))
-    seen = Observation(
-        num_candidates=k,
-        survival=survival,
-        next_accept_prob=problem.next_accept_prob[k][regime],
-        regime=regime,
-        token_accept_prob=problem.accept_prob[k - 1][regime] if k else none,
-        next_accepted=np.full(len(regime), hit) if "next_accepted" in rule.needs else None,
-        verify_time=problem.verify_time[k],
-        step_time=problem.round_time[k + 1] - problem.round_time[k],
-        **{name: values[regime] if k else none for name, values in features.items()},
-    )
-    return np.broadcast_to(np.asarray(rule.stop(rule.init(), seen)[1], dtype=bool), regime.shape)
+    seen = seen._replace(next_accepted=np.full(len(seen.regime), hit) if "next_accepted" in rule.needs else None)
+    return np.broadcast_to(np.asarray(rule.stop(rule.init(), seen)[1], dtype=bool), seen.regime.shape)
 
 
 def alias_rows(mass: Float[np.ndarray, "R n"]) -> UInt64[np.ndarray, "R n"]:

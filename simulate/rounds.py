@@ -31,7 +31,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Int, Key
 
-from mdp import entrants
+from mdp import entrants, evaluate
 from mdp.acceptance import Observed
 from mdp.chain import recurrent_classes, stationary_law
 from mdp.evaluate import long_run, round_law
@@ -51,8 +51,7 @@ MAX_ROUNDS = 2**38
 MAX_EXACT_STATES = 200_000
 LANES, ROUNDS_PER_LANE = (steps.MAX_REPLICAS, 2**11, 2**14), 32
 """How many lanes there may be, and how many rounds each must have for it to pay."""
-SHOWN = frozenset({"num_candidates", "survival", "next_accept_prob", "regime", "token_accept_prob", "next_accepted",
-                   "verify_time", "step_time", "symbol"})  # fmt: skip
+SHOWN = evaluate.SHOWN | {"num_candidates", "next_accepted", "symbol"}
 
 
 def simulate(

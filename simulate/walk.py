@@ -10,7 +10,7 @@ how many would be accepted (a clairvoyant), and a round is that number L, drawn 
 below $S_k$. Counting L per lane serves all policies of a comparison.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
-from mdp.policy import Policy
+from mdp.evaluate import observer
+from mdp.policy import Observation, Policy
 from mdp.problem import FiniteProblem
 from simulate.automaton import ALIAS_BITS, NODE_BITS, ROW_BITS, Automaton, Flag, asked
 from simulate.coins import words
@@ -186,9 +187,9 @@ def one_regime(
         at_least[1:] += np.asarray(_accepted(jnp.asarray(survival), keys, jnp.asarray(done, dtype=jnp.uint32), until))
     exactly = at_least - np.append(at_least[1:], 0 * at_least[:1], axis=0)  # [K + 1, B] rounds with L = k
     could = np.arange(len(exactly))
-    counts = []
+    counts, observe = [], observer(problem, features)
     for rule in rules:
-        length = _lengths(problem, rule, survival, features)
+        length = _lengths(observe, rule, survival)
         drafted, accepted, time = (
             part @ exactly for part in (length, np.minimum(length, could), problem.round_time[length])
         )
@@ -212,13 +213,14 @@ def _accepted(survival: Any, keys: Any, first: Any, until: Any) -> Any:
 
 
 def _lengths(
-    problem: FiniteProblem, rule: Policy, survival: Float[np.ndarray, " K"], features: Mapping[str, np.ndarray]
+    observe: Callable[..., Observation], rule: Policy, survival: Float[np.ndarray, " K"]
 ) -> Int[np.ndarray, " K+1"]:
     """Candidates that the rule drafts in a round in which exactly L = 0..K would be accepted."""
-    depth, regime, so_far = problem.max_candidates, np.zeros(1, dtype=np.int64), np.append(1.0, survival)
+    depth, regime, so_far = len(survival), np.zeros(1, dtype=np.int64), np.append(1.0, survival)
     length, drafting = np.zeros(depth + 1, dtype=np.int64), np.ones(depth + 1, dtype=bool)
     for k in range(depth):
-        if_not, if_so = (asked(problem, rule, k, regime, so_far[k : k + 1], hit, features)[0] for hit in (False, True))
+        seen = observe(k, regime, so_far[k : k + 1])
+        if_not, if_so = (asked(rule, seen, hit)[0] for hit in (False, True))
         drafting &= ~np.where(np.arange(depth + 1) > k, if_so, if_not)
         length += drafting
     return length

@@ -192,7 +192,7 @@ def test_the_envelope_is_above_the_exact_worth_and_blind_rules_below(problem, se
             return 0.0
         grown = belief.branch(finite, problem.acceptance.observation, depth, point[None])
         onward = sum(c * best(depth + 1, x) for c, x in zip(grown.chance[0], grown.point[0], strict=True) if c > 0)
-        return max(0.0, grown.gain[0] - rate * envelope.prices(finite)[depth] + onward)
+        return max(0.0, grown.gain[0] - rate * finite.step_time[depth] + onward)
 
     exact = np.array([best(k, point) for point in points])
     visible, bare = envelope.seen(finite, rate), envelope.blind(finite, k)

@@ -15,7 +15,7 @@ from theory_problems import KINDS, Numbers, made
 from mdp import conditions, families, price, theory
 from mdp.cost import Affine
 from mdp.gallery import gallery
-from mdp.problem import StoppingProblem
+from mdp.problem import FiniteProblem, StoppingProblem
 from mdp.theory import examine, examine_many
 
 SEEDS = [3, 77, *range(2**13, 2**13 + 6)]
@@ -71,7 +71,7 @@ MUTANTS = {
         families, "_improve", "(initial @ emitted) / (initial @ time)", "(emitted / time).max()",
         "renewal", laws.optimum_is_enumerated),
     "the steps of V are left out of a candidate's time": (
-        families, "candidate_times", "+ np.diff(problem.verify_time)", "+ 0.0 * np.diff(problem.verify_time)",
+        FiniteProblem, "step_time", "+ np.diff(self.verify_time)", "+ 0.0 * np.diff(self.verify_time)",
         "renewal", laws.optimum_is_enumerated),
     "the bias stands still": (
         families, "_howard", "(1.0 - leak) * leads", "0.0 * leads", "persistent", laws.optimum_is_enumerated),
@@ -81,15 +81,15 @@ MUTANTS = {
     "the optimum never stops": (
         families, "optimum", "now @ value < 0", "now @ value < -9", "renewal", laws.optimum_is_enumerated),
     "look-ahead counts two candidates' time": (
-        families, "lookahead_table", "rate * candidate_times", "2 * rate * candidate_times",
+        families, "lookahead_table", "rate * problem.step_time", "2 * rate * problem.step_time",
         "monotone", laws.look_ahead_is_optimal),
     "look-ahead pays for no time": (
-        families, "lookahead_table", "rate * candidate_times", "0.5 * rate * candidate_times",
+        families, "lookahead_table", "rate * problem.step_time", "0.5 * rate * problem.step_time",
         "renewal", laws.continue_is_right),
     "the unit of time is V(0)": (
         families, "optimum", "verify = problem.verify_time[0]", "verify = 1.0", "renewal", laws.scales),
     "a draft step gives time back": (
-        families, "candidate_times", "problem.draft_time + np", "-problem.draft_time + np",
+        FiniteProblem, "step_time", "self.draft_time + np", "-self.draft_time + np",
         "persistent", laws.slower_is_never_better),
     "one threshold for all, compared the other way round": (
         families, "_ladder", "np.argsort(-level", "np.argsort(level", "constant", laws.one_threshold_is_optimal),
