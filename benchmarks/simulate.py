@@ -35,7 +35,7 @@ from mdp.evaluate import evaluate
 from mdp.policy import LookaheadThreshold
 from mdp.problem import StoppingProblem
 from mdp.trace import Trace
-from simulate.coins import words
+from simulate.coins import ROTATIONS, ROUNDS, words
 from simulate.replay import replay
 from simulate.rounds import simulate
 
@@ -220,23 +220,8 @@ def threefry_scalar(k0, k1, c0, c1):
     """Threefry-2x32-13 on scalars, for numba."""
     k2 = np.uint32(k0 ^ k1 ^ np.uint32(0x1BD11BDA))
     x0, x1 = np.uint32(c0 + k0), np.uint32(c1 + k1)
-    for i in range(13):
-        j = i % 8
-        turn = 13
-        if j == 1:
-            turn = 15
-        elif j == 2:
-            turn = 26
-        elif j == 3:
-            turn = 6
-        elif j == 4:
-            turn = 17
-        elif j == 5:
-            turn = 29
-        elif j == 6:
-            turn = 16
-        elif j == 7:
-            turn = 24
+    for i in range(ROUNDS):
+        turn = ROTATIONS[i % 8]
         x0 = np.uint32(x0 + x1)
         x1 = np.uint32((x1 << np.uint32(turn)) | (x1 >> np.uint32(32 - turn)))
         x1 = np.uint32(x1 ^ x0)

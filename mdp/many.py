@@ -2,9 +2,9 @@ r"""Thousands of problems of one shape, each with its own proof.
 
 Per problem, inside one compiled call:
 
-1. `mdp.lattice.rules` on few knots, then on more, each followed by the outer step of `mdp.solve`: Dinkelbach if rounds
-   renew, Howard's linear system if they persist. A rule that is off by $\epsilon$ in survival loses only order
-   $\epsilon^2$, so few knots find a policy that is optimal to far below `tol`. What it earns is known exactly.
+1. `mdp.lattice.rules` on few knots, then on more, each followed by the outer step of `mdp.policy_iteration`: Dinkelbach
+   if rounds renew, Howard's linear system if they persist. A rule that is off by $\epsilon$ in survival loses only
+   order $\epsilon^2$, so few knots find a policy that is optimal to far below `tol`. What it earns is known exactly.
 2. `mdp.lattice.ceiling` once, on the most knots, at that policy's rate and bias. It keeps a single row per regime, and
    is the side that needs resolution.
 
@@ -30,9 +30,10 @@ from jaxtyping import Float
 from mdp.batch import in_calls, member, round_times, stack, take
 from mdp.certificate import certificate
 from mdp.lattice import Rules, ceiling, lattice, rules, step_time
+from mdp.policy_iteration import MAX_SWEEPS, THRESHOLD_TOLERANCE, improve
 from mdp.price import Arrays
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.solve import MAX_SWEEPS, THRESHOLD_TOLERANCE, Solution, SolveStatus, improve, solve
+from mdp.solve import Solution, SolveStatus, solve
 
 __all__ = ["ManySolutions", "derivatives", "solve_many"]
 

@@ -13,7 +13,7 @@ it is grown forwards and valued backwards, from both sides, with what `mdp.envel
   promises is earned by a real rule, evaluated exactly. The rate moves to that rule's throughput (Dinkelbach) until it
   stands still, first on small trees.
 
-The certificate is that of `mdp.solve` (`mdp.certificate`), the upper side widened by what merging can do.
+The certificate is that of `mdp.certificate`, the upper side widened by what merging can do.
 
 The rule handed out (`mdp.policy.BeliefRule`) continues iff one of the stored CONTINUE pairs beats STOP. It decides as
 the tree does at every point in it; where the tree was opened throughout, that is the optimum, and its rates are those

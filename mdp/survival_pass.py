@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from mdp.lattice import window
 
-__all__ = ["Equation", "Passed", "best_fixed_length", "newton", "survival_pass"]
+__all__ = ["Equation", "Passed", "fixed_length_price", "newton", "survival_pass"]
 
 MAX_NEWTON = 50
 STEP = 1e-5
@@ -77,7 +77,7 @@ def newton(equation: Equation, sweep: Any, price: Any, moved: Any) -> tuple[Any,
     return price, count
 
 
-def best_fixed_length(equation: Equation, transition: Any, accept_prob: Any, depth: int) -> Any:
+def fixed_length_price(equation: Equation, transition: Any, accept_prob: Any, depth: int) -> Any:
     """The price at which the best round of fixed length breaks even: at most the answer.
 
     Lengths are tried until one is worse than the one before; any would do.

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mdp.lattice import window
-from mdp.survival_pass import Equation, Passed, best_fixed_length, newton, survival_pass
+from mdp.survival_pass import Equation, Passed, fixed_length_price, newton, survival_pass
 
 __all__ = ["TabularProblem", "TabularSolution", "backward", "solve_tabular"]
 
@@ -142,7 +142,7 @@ def _gain(transition: Any, steps: Any, survival: Any) -> Any:
 
 def _start(equation: Equation, transition: Any, steps: Any, survival: Any, depth: int) -> Any:
     """Any policy's price is below the optimum's, where Newton's method is monotone: that of a fixed length."""
-    return best_fixed_length(equation, transition, jnp.exp(steps * jnp.log(survival[1])), depth)
+    return fixed_length_price(equation, transition, jnp.exp(steps * jnp.log(survival[1])), depth)
 
 
 @partial(jax.jit, static_argnames=("depth", "block"))

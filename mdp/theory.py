@@ -36,9 +36,10 @@ from mdp.head_rule import unweighted
 from mdp.knots import even_and_kinks, place
 from mdp.many import solve_many
 from mdp.policy import ThresholdTable
+from mdp.policy_iteration import THRESHOLD_TOLERANCE
 from mdp.price import lump, sweep
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.solve import THRESHOLD_TOLERANCE, Solution, SolveStatus, solve
+from mdp.solve import Solution, SolveStatus, solve
 
 __all__ = ["CLAIMS", "Case", "Fact", "check", "examine", "examine_many"]
 

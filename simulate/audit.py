@@ -43,16 +43,15 @@ from mdp.fit import PERFECT, SignalModel, split_requests
 from mdp.policy import FixedLength, Policy, PolicySpec, ThresholdTable
 from mdp.product_limit import ProductLimit, product_limit
 from mdp.trace import Trace
-from simulate.estimate import Estimate, interval, ratio, shortest_tied
+from simulate.estimate import FEW_CLUSTERS, Estimate, interval, ratio, shortest_tied
 from simulate.ladder import INFORMATION, SIGNALS_SEEN, Half, Rule, climb, fixed_rounds, halves, share
 from simulate.relaxation import COINS, charge, fit_penalty, least_times
 from simulate.replay import SIGNAL_FIELDS, measured_cost, replay_rounds
 from simulate.starts import Rounds
 
-__all__ = ["CEILING", "CLAIRVOYANT", "FEW_REQUESTS", "Audit", "Rung", "audit"]
+__all__ = ["CEILING", "CLAIRVOYANT", "Audit", "Rung", "audit"]
 
 CEILING, CLAIRVOYANT, EVERY_LENGTH = "all but the draws", "clairvoyant", "every fixed length"
-FEW_REQUESTS = 30
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Audit:
     def notes(self) -> tuple[str, ...]:
         """What to know before the figures are used."""
         said = []
-        if self.num_requests < FEW_REQUESTS:
+        if self.num_requests < FEW_CLUSTERS:
             said.append(f"only {self.num_requests} requests scored: intervals lean on a shape that nobody has checked")
         if self.ceiling == CLAIRVOYANT:
             said.append("no scored rollouts: the only ceiling is the clairvoyant, which no rule comes near")

@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
-__all__ = ["ROUNDS", "lane_keys", "words"]
+__all__ = ["ROTATIONS", "ROUNDS", "lane_keys", "words"]
 
 ROUNDS = 13
 ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)

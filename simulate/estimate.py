@@ -31,11 +31,12 @@ from jaxtyping import Float
 from mdp.metrics import Tally
 
 __all__ = [
-    "Comparison", "Difference", "Estimate", "PolicyResult", "TraceComparison", "bca", "bca_paired", "interval",
-    "paired", "ratio", "shortest_tied",
+    "FEW_CLUSTERS", "Comparison", "Difference", "Estimate", "PolicyResult", "TraceComparison", "bca", "bca_paired",
+    "interval", "paired", "ratio", "shortest_tied",
 ]  # fmt: skip
 
 RESAMPLES = 2000
+FEW_CLUSTERS = 30  # below so many a Student interval leans on a normal shape that nobody has checked
 
 
 class Estimate(NamedTuple):

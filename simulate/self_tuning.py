@@ -16,11 +16,11 @@ from mdp.self_tuning import Family
 from simulate.rounds import simulate
 from simulate.steps import MAX_REPLICAS
 
-__all__ = ["Path", "SelfTuned", "play"]
+__all__ = ["Path", "SelfTunedFamily", "play"]
 
 
 @dataclass(frozen=True)
-class SelfTuned(Policy):
+class SelfTunedFamily(Policy):
     """The family's table at the throughput so far, on survival as the head's outputs make it.
 
     Starts as if one round of plain decoding had been seen. Between two rates of the grid the lower one's table holds.
@@ -69,7 +69,7 @@ def play(
     if finite.persistent:
         raise ValueError("coupling: self-tuning is played for rounds that renew only")
     tables = np.stack([family(float(rate)) for rate in rates])
-    rule = SelfTuned(np.asarray(rates), tables, np.asarray(output), finite.round_time)
+    rule = SelfTunedFamily(np.asarray(rates), tables, np.asarray(output), finite.round_time)
     ends = []
     for count in rounds:
         tally = simulate(problem, [rule], rounds=int(count) * MAX_REPLICAS, key=key).policies[0].clusters

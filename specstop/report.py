@@ -7,13 +7,12 @@ from typing import Any
 
 from mdp.policy import FixedLength, parse
 from simulate import figures
-from simulate.estimate import Comparison, Estimate, PolicyResult, TraceComparison, interval, paired
+from simulate.estimate import FEW_CLUSTERS, Comparison, Estimate, PolicyResult, TraceComparison, interval, paired
 from specstop.outcome import COST_RATIO, REGIMES, Outcome
 
 __all__ = ["headline", "write_figures", "write_report"]
 
 LEVEL = 0.95  # of the simulated intervals
-FEW_REQUESTS = 30  # below so many clusters a Student interval leans on a normal shape that nobody has checked
 
 SIGHT = {
     None: "nothing of this round",
@@ -326,7 +325,7 @@ def _caveats(outcome: Outcome, comparison: TraceComparison) -> str:
         "signal), not for the pair itself: it needs no tuning, and may lose to a tuned threshold.",
         "Overhead of the stopping rule itself is not counted.",
     ]
-    if comparison.num_requests < FEW_REQUESTS:
+    if comparison.num_requests < FEW_CLUSTERS:
         points.insert(
             1,
             f"Intervals are clustered by request, and {comparison.num_requests} requests are few: read an interval "

@@ -75,6 +75,7 @@ def _solve(problem: Any, args: Namespace) -> Any:
 
         if (known := solve_directly(problem.lower(), tol=tol)) is not None:
             return known  # without jax, whose import takes longer than all of this
+        method = "policy_iteration"  # which `auto` then means
 
     from mdp.solve import solve
 

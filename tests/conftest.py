@@ -48,3 +48,17 @@ def _drop_compiled_programs():
     yield
     if jax := sys.modules.get("jax"):
         jax.clear_caches()
+
+
+@pytest.fixture
+def run(capsys):
+    """Run one command line in this process: exit code, stdout, stderr."""
+
+    def run(*argv):
+        capsys.readouterr()
+        from specstop.cli import main
+
+        code = main([str(arg) for arg in argv])
+        return code, *capsys.readouterr()
+
+    return run

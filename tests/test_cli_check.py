@@ -12,18 +12,6 @@ PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 IDS = [f"F{number}" for number in range(1, 9)]
 
 
-@pytest.fixture
-def run(capsys):
-    """Run one command line in this process: exit code, stdout, stderr."""
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def test_one_line_a_file_with_the_facts_in_order(run):
     code, out, err = run("check", PROBLEM, gallery()[0].path, "--json")
     assert (code, err) == (0, "")

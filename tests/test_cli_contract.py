@@ -27,18 +27,6 @@ def problem(tmp_path, monkeypatch):
     return "problem.json"
 
 
-@pytest.fixture
-def run(capsys):
-    """Run one command line in this process: exit code, stdout, stderr."""
-
-    def run(*argv):
-        capsys.readouterr()
-        code = main([str(arg) for arg in argv])
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def is_one_line_of_error(answer, *parts):
     code, out, err = answer
     assert (code, out) == (2, ""), answer

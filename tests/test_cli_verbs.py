@@ -120,7 +120,7 @@ def test_what_a_continuous_process_cannot_have_is_refused_before_any_work(capsys
     ids=lambda acceptance: acceptance["kind"],
 )  # fmt: skip
 def test_continuous_processes_come_through_the_problem_file(lines, text, tmp_path, acceptance, monkeypatch):
-    monkeypatch.setattr("mdp.solve.NODES", (127, 255))
+    monkeypatch.setattr("mdp.enclosed.NODES", (127, 255))
     path = tmp_path / "problem.json"
     path.write_text(json.dumps(json.loads(PROBLEM.read_text()) | {"acceptance": acceptance, "max_candidates": 3}))
     (answer,) = lines("solve", path, "--tol", "1e-3")

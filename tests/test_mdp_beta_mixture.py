@@ -12,9 +12,10 @@ from mdp.cost import Affine, Table
 from mdp.evaluate import evaluate
 from mdp.independent import Knots, _lowered, price
 from mdp.policy import Policy, ThresholdTable
+from mdp.policy_iteration import THRESHOLD_TOLERANCE
 from mdp.problem import Persistent, StoppingProblem, loads
 from mdp.rounded import enclose
-from mdp.solve import THRESHOLD_TOLERANCE, solve
+from mdp.solve import solve
 from simulate.rounds import simulate
 
 COST = Affine(draft_time=0.15, verify_time=1.0)

@@ -203,7 +203,7 @@ def test_perfect_memory_is_one_acceptance_for_the_round():
 
 
 def test_what_does_not_close_says_so_and_still_encloses(monkeypatch):
-    monkeypatch.setattr("mdp.solve.NODES", (127, 255))
+    monkeypatch.setattr("mdp.enclosed.NODES", (127, 255))
     problem = StoppingProblem(LogitAR(1.5, 1.0, 0.8), COST, 3)
     rough, fine = solve(problem, tol=1e-12, max_knots=128), solve(problem, tol=1e-4)
     assert rough.status.name == "max_steps_reached" and rough.status.value

@@ -211,7 +211,7 @@ def test_a_bug_in_compiled_code_is_caught(monkeypatch, name):
     problems = small(kind)
     with jax.disable_jit():
         plant(monkeypatch, owner, function, old, new)
-        monkeypatch.setattr("mdp.solve.sweep", owner.sweep)
+        monkeypatch.setattr("mdp.policy_iteration.sweep", owner.sweep)
         caught = False
         for problem in problems:
             try:
