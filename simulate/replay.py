@@ -17,7 +17,7 @@ A trace of counts (`run_length`) says itself how many candidates of a round are 
 more than was tested there is refused.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from mdp.metrics import Tally
 from mdp.policy import Observation, Outcome, Policy, PolicySpec, ThresholdTable
 from mdp.trace import FEATURES, Trace
 from simulate.estimate import PolicyResult, TraceComparison, interval, ratio
+from simulate.nodes import Nodes
 
 __all__ = ["RoundLog", "check", "fitted", "measured_cost", "replay", "replay_rounds"]
 
@@ -287,7 +288,7 @@ def _walk(
 ) -> RoundLog:
     """Play all rounds of the requests, in their order if the rule's state goes from one to the next."""
     names = (needs & RAW_FIELDS) | ({model.signal} if model else set())
-    nodes = _Nodes.of(trace, names)
+    nodes = Nodes.of(trace, names)
     state, log = rule.init(), []
     for batch in requests[:, None] if rule.persists else [requests]:
         rows, state = _play(trace, rule, model, nodes, batch, times, state)
@@ -301,7 +302,7 @@ def _play(
     trace: Trace,
     rule: Policy,
     model: SignalModel | None,
-    nodes: "_Nodes",
+    nodes: Nodes,
     requests: Int[np.ndarray, " r"],
     times: "_Times | None",
     start: Any,
@@ -335,7 +336,7 @@ def _play(
     return log, _map(lambda leaf: np.atleast_1d(leaf)[..., 0], last) if len(on) == 1 else None
 
 
-def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes", node: np.ndarray, cap: np.ndarray,
+def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: Nodes, node: np.ndarray, cap: np.ndarray,
            times: "_Times | None"):  # fmt: skip
     """One round: ask, draft, ask. Returns the rule's state, counts, and whether end-of-text was drafted last."""
     size = len(node)
@@ -368,56 +369,6 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: "_Nodes",
         node = np.where(drafting, following, node)
         drafting = drafting & (num < cap) & ~ended
     return state, drafted, accepted, ended
-
-
-@dataclass(frozen=True)
-class _Nodes:
-    """Positions, then rollout steps, then one node for what was not recorded."""
-
-    accepted: np.ndarray
-    ends: np.ndarray
-    after_failure: np.ndarray
-    features: Mapping[str, np.ndarray]
-    runs: np.ndarray | None
-    tested: np.ndarray | None
-
-    def check_tested(self, trace: Trace, start: np.ndarray, asked: np.ndarray) -> None:
-        """Refuse rounds that went deeper than the trace knows, with no rejection before."""
-        if self.runs is None or self.tested is None:
-            return
-        beyond = np.flatnonzero((self.runs[start] == self.tested[start]) & (asked > self.tested[start]))
-        if beyond.size:
-            at = int(start[beyond[0]])
-            request = int(np.searchsorted(trace.offsets, at, side="right")) - 1
-            raise ValueError(
-                f"trace: a round of {int(asked[beyond[0]])} candidates at token {at - int(trace.offsets[request])} of "
-                f"request {trace.request_ids[request]!r:.40}, where {int(self.tested[at])} were tested: what lies "
-                "deeper than a trace drafted cannot be replayed"
-            )
-
-    @property
-    def last(self) -> int:
-        return len(self.accepted) - 1
-
-    @classmethod
-    def of(cls, trace: Trace, names: Iterable[str]) -> "_Nodes":
-        has_rollouts = trace.rollout_offsets is not None
-        starts = trace.rollout_offsets[:-1] if has_rollouts else np.zeros(trace.num_positions, dtype=np.int64)  # type: ignore[index]
-        rolled = trace.rollout_drafts_end if has_rollouts else np.zeros(0, dtype=bool)
-        beyond = np.zeros(len(rolled) + 1, dtype=bool)  # type: ignore[arg-type]
-        accepted = np.concatenate([np.asarray(trace.accepted, dtype=bool), beyond])
-        features = {}
-        for name in names:
-            along = position_signal(trace, name, rollout=True)
-            features[name] = np.concatenate([position_signal(trace, name), along, [np.nan]])
-        return cls(
-            accepted,
-            np.concatenate([trace.drafts_end, rolled, [False]]).astype(bool),  # type: ignore[list-item]
-            np.concatenate([trace.num_positions + starts, np.zeros(len(beyond), dtype=np.int64)]),
-            features,
-            trace.optional.get("run_length"),
-            trace.optional.get("tested"),
-        )
 
 
 def _map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

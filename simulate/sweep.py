@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdp import entrants
+from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, from_dict, parse_json, read_text
 
 if TYPE_CHECKING:
@@ -196,10 +197,11 @@ def _check(sweep: Sweep) -> None:
     from mdp.evaluate import check_exact, evaluate
     from simulate.rounds import check
 
+    specs = entrants.read(sweep.policies)
     for index in range(sweep.num_points):
         name, problem = sweep.point(index)
         try:
-            for spec in entrants.read(sweep.policies):
+            for spec in specs:
                 if spec.policy is None:
                     continue
                 entrants.fit_depth(spec.text, spec.policy, int(problem.max_candidates), problem.acceptance.num_regimes)
@@ -215,14 +217,15 @@ def _check(sweep: Sweep) -> None:
 
 def batch(sweep: Sweep, points: Iterable[int]) -> list[dict[str, Any]]:
     """Results of some points: per point the bounds, and per seed and policy its rates."""
-    return [_point(sweep, *sweep.point(index)) for index in points]
+    specs = entrants.read(sweep.policies)
+    return [_point(sweep, specs, *sweep.point(index)) for index in points]
 
 
-def _point(sweep: Sweep, name: str, problem: StoppingProblem) -> dict[str, Any]:
+def _point(sweep: Sweep, entered: list[PolicySpec], name: str, problem: StoppingProblem) -> dict[str, Any]:
     from mdp.solve import solve
 
     solution = solve(problem)
-    specs = [replace(spec, policy=spec.policy or solution.policy) for spec in entrants.read(sweep.policies)]
+    specs = [replace(spec, policy=spec.policy or solution.policy) for spec in entered]
     try:
         rows = [_exact(problem, specs)] if sweep.rounds is None else [
             _played(problem, specs, sweep.rounds, seed) for seed in sweep.seeds

@@ -31,7 +31,8 @@ def _problems(args: Namespace) -> int:
     problems = inputs.read_problems(args.problems)
 
     from mdp.acceptance import Observed
-    from mdp.theory import check, converged, examine
+    from mdp.case import converged, examine
+    from mdp.theory import check
 
     code, answers = DONE, []
     for path, problem in zip(args.problems, problems, strict=True):

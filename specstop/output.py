@@ -6,7 +6,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["emit", "json_line", "jsonable", "key_values", "table"]
+__all__ = ["emit", "json_line", "jsonable", "key_values", "policy_table", "solution_text", "table"]
+
+MOST_COLUMNS = 9
+"""Regimes whose thresholds are printed; a table has one column for each."""
+
+POLICY_COLUMNS = (
+    "policy", "signal", "throughput", "throughput_bounds", "throughput_se", "throughput_interval", "speedup",
+    "block_efficiency", "verification_rate", "discard_rate", "mean_candidates", "gap",
+)  # fmt: skip
 
 
 def jsonable(value: Any) -> Any:
@@ -64,3 +72,29 @@ def key_values(values: Mapping[str, Any]) -> str:
     """One `name  value` line each."""
     width = max(map(len, values))
     return "\n".join(f"{name.ljust(width)}  {_cell(value)}" for name, value in values.items())
+
+
+def solution_text(path: str, result: Mapping[str, Any], advice: str) -> str:
+    """What `solve` found, for people: figures, then thresholds of a few regimes if there are many."""
+    scalars = {
+        key: value for key, value in result.items() if key not in ("survival_threshold", "belief_rule", "horizon")
+    }
+    scalars |= {f"horizon {key}": value for key, value in result.get("horizon", {}).items()}
+    head = "\n".join(filter(None, (path, key_values(scalars), advice and f"not converged: {advice}")))
+    if result["survival_threshold"] is None:
+        return head + "\n\nregimes are hidden: the rule follows the symbols (--json gives it, optimal:FILE plays it)"
+    columns = len(result["survival_threshold"][0])
+    shown = [round(j * (columns - 1) / (MOST_COLUMNS - 1)) for j in range(MOST_COLUMNS)]
+    shown = shown if columns > MOST_COLUMNS else list(range(columns))
+    rows = [
+        {"k": k} | {f"regime {z}": "stop" if row[z] is None else row[z] for z in shown}
+        for k, row in enumerate(result["survival_threshold"])
+    ]
+    some = f" ({len(shown)} of {columns} regimes; --json gives all)" if len(shown) < columns else ""
+    thresholds = f"draft candidate k + 1 iff survival >= threshold{some}:\n" + table(rows)
+    return f"{head}\n\n{thresholds}" + ("\n" if len(rows) > 1 else "")
+
+
+def policy_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One row a policy, with the columns that any of them has."""
+    return table(rows, [column for column in POLICY_COLUMNS if any(row.get(column) is not None for row in rows)])

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
-from specstop.output import emit, json_line, jsonable, key_values, table
+from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
+from specstop.traces import load_trace
 
 if TYPE_CHECKING:
     from mdp.fit import SignalModel
@@ -27,14 +28,6 @@ __all__ = [
 
 DONE, NOT_CONVERGED = 0, 3
 NO_LIMIT = 2**31  # tokens, where texts end by chance alone
-
-MOST_COLUMNS = 9
-"""Regimes whose thresholds are printed; a table has one column for each."""
-
-POLICY_COLUMNS = (
-    "policy", "signal", "throughput", "throughput_bounds", "throughput_se", "throughput_interval", "speedup",
-    "block_efficiency", "verification_rate", "discard_rate", "mean_candidates", "gap",
-)  # fmt: skip
 
 DECODE_COLUMNS = (
     "num_emitted", "num_drafted", "num_discarded", "num_cut", "num_target_calls", "block_efficiency",
@@ -62,7 +55,7 @@ def solve(args: Namespace) -> int:
             done.append(solve_horizon(problem, args.num_tokens, tol=args.tol))
             result["horizon"] = done[-1].to_dict()
         advice = next((str(part.status.value) for part in done if part.status.value), "")
-        emit(json_line(result) if args.json else _solution_text(path, result, advice))
+        emit(json_line(result) if args.json else solution_text(path, result, advice))
         if advice:
             code = NOT_CONVERGED
     return code
@@ -81,26 +74,6 @@ def _solve(problem: Any, args: Namespace) -> Any:
 
     limits = {"max_knots": args.max_knots} if getattr(args, "max_knots", None) else {}
     return solve(problem, tol=tol, method=method, **limits)
-
-
-def _solution_text(path: str, result: Mapping[str, Any], advice: str) -> str:
-    scalars = {
-        key: value for key, value in result.items() if key not in ("survival_threshold", "belief_rule", "horizon")
-    }
-    scalars |= {f"horizon {key}": value for key, value in result.get("horizon", {}).items()}
-    head = "\n".join(filter(None, (path, key_values(scalars), advice and f"not converged: {advice}")))
-    if result["survival_threshold"] is None:
-        return head + "\n\nregimes are hidden: the rule follows the symbols (--json gives it, optimal:FILE plays it)"
-    columns = len(result["survival_threshold"][0])
-    shown = [round(j * (columns - 1) / (MOST_COLUMNS - 1)) for j in range(MOST_COLUMNS)]
-    shown = shown if columns > MOST_COLUMNS else list(range(columns))
-    rows = [
-        {"k": k} | {f"regime {z}": "stop" if row[z] is None else row[z] for z in shown}
-        for k, row in enumerate(result["survival_threshold"])
-    ]
-    some = f" ({len(shown)} of {columns} regimes; --json gives all)" if len(shown) < columns else ""
-    thresholds = f"draft candidate k + 1 iff survival >= threshold{some}:\n" + table(rows)
-    return f"{head}\n\n{thresholds}" + ("\n" if len(rows) > 1 else "")
 
 
 def evaluate(args: Namespace) -> int:
@@ -137,11 +110,7 @@ def _print_policies(rows: Sequence[Mapping[str, Any]], as_json: bool) -> None:
         for row in rows:
             emit(json_line(row))
     else:
-        emit(_policy_table(rows))
-
-
-def _policy_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    return table(rows, [column for column in POLICY_COLUMNS if any(row.get(column) is not None for row in rows)])
+        emit(policy_table(rows))
 
 
 def _code(*solutions: Any) -> int:
@@ -192,7 +161,7 @@ def replay(args: Namespace) -> int:
 
     from simulate.replay import check, replay
 
-    trace = _load_trace(args.trace)
+    trace = load_trace(args.trace)
     specs = inputs.read_policies(args.policies, max_candidates=trace.max_candidates)
     specs, lacking = inputs.able(args.policies, specs, lambda spec: check(trace, spec))
     if cost is not None:
@@ -210,7 +179,7 @@ def audit(args: Namespace) -> int:
     from simulate.audit import audit
     from specstop.referee import audit_text
 
-    trace = _load_trace(args.trace)
+    trace = load_trace(args.trace)
     if cost is not None:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     result = audit(trace, spec, cost=cost, level=args.level).to_dict()
@@ -220,58 +189,16 @@ def audit(args: Namespace) -> int:
 
 def import_(args: Namespace) -> int:
     """A trace from a file of another project."""
-    from mdp.importers import read_rounds, read_trace
-    from mdp.product_limit import product_limit
-    from mdp.trace import save
+    from specstop.traces import import_
 
-    if (Path(args.out) / "manifest.json").exists():
-        raise ValueError(f"--out: {args.out} holds a trace already")
-    trace = read_trace(args.file, args.format, drafter=args.drafter, seed=args.seed)
-    save(trace, args.out)
-    result = _about_trace(args.out, trace) | {"acceptance": None}
-    if args.format == "rounds":
-        result["acceptance"] = product_limit(*read_rounds(args.file), max_candidates=trace.max_candidates).to_dict()
-    if args.json:
-        emit(json_line(result))
-        return DONE
-    acceptance: Any = result.pop("acceptance")
-    emit(key_values(result))
-    if acceptance:
-        columns = ("tested", "accepted", "accept_prob", "accept_prob_se", "survival", "survival_se")
-        depths = range(1, trace.max_candidates + 1)
-        rows = [{"depth": i} | {name: jsonable(acceptance[name][i - 1]) for name in columns} for i in depths]
-        emit("\nacceptance by depth, rounds that were cut short counted as such (product-limit):\n" + table(rows))
-    return DONE
-
-
-def _about_trace(folder: str, trace: "Trace") -> dict[str, Any]:
-    fields = [*trace.features, *(name for name in ("head", "run_length") if name in trace.optional)]
-    return {"trace": folder, "imported": trace.manifest.get("imported"), "num_requests": trace.num_requests,
-            "num_positions": trace.num_positions, "max_candidates": trace.max_candidates,
-            "rollouts": trace.rollout_offsets is not None, "fields": ", ".join(fields)}  # fmt: skip
+    return import_(args)
 
 
 def validate(args: Namespace) -> int:
     """What each file or folder is, and that it is sound; the first that is not is named."""
-    from mdp.importers import guess, read_trace
-    from mdp.problem import load
+    from specstop.traces import validate
 
-    results = []
-    for path in args.paths:
-        if Path(path).is_dir():
-            trace = _load_trace(path)
-            results.append({"path": path, "kind": "trace"} | _about_trace(path, trace))
-            continue
-        kind = guess(path)
-        if kind is not None:
-            results.append({"path": path, "kind": kind} | _about_trace(path, read_trace(path, kind)))
-        else:
-            problem = load(path)
-            results.append({"path": path, "kind": "problem", "max_candidates": int(problem.max_candidates)})
-    for result in results:
-        result.pop("trace", None)
-        emit(json_line(result) if args.json else key_values({k: v for k, v in result.items() if v is not None}))
-    return DONE
+    return validate(args)
 
 
 def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str]], args: Namespace) -> None:
@@ -280,7 +207,7 @@ def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str
         return
     rows, differences = result["policies"], result["differences"]
     about = {key: value for key, value in result.items() if value is not None and not isinstance(value, list)}
-    parts = [key_values(about), _policy_table([*rows, *_not_applicable(lacking)])]
+    parts = [key_values(about), policy_table([*rows, *_not_applicable(lacking)])]
     if differences:
         parts.append(table(differences))
     if any(row.get("signal") == SIGNALS[0] for row in rows):
@@ -330,7 +257,7 @@ def decode(args: Namespace) -> int:
     if spec.policy is None:
         raise ValueError(f"policy {spec.text!r}: a live run loads a saved table, optimal:FILE")
     signal = _live_signal(spec, args.trace)
-    trace = None if args.trace is None else _load_trace(args.trace)
+    trace = None if args.trace is None else load_trace(args.trace)
     estimator = None if trace is None or signal is None else _estimator(trace, signal)
     if spec.fit:
         if trace is None:
@@ -386,12 +313,6 @@ def _live_signal(spec: "PolicySpec", trace: str | None) -> str | None:
     if trace is None and (fitted := sorted(wanted - {"survival"})):
         raise ValueError(f"policy {spec.text!r} needs {fitted[0]}, which is fitted to a trace; give --trace")
     return signal
-
-
-def _load_trace(folder: str) -> "Trace":
-    from mdp.trace import load
-
-    return load(folder)
 
 
 def _estimator(trace: "Trace", signal: str) -> "SignalModel":

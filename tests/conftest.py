@@ -1,6 +1,7 @@
 """What every test runs under: hypothesis profiles, no global float64, torch that may not go missing in CI."""
 
 import importlib.util
+import json
 import os
 import sys
 
@@ -62,3 +63,49 @@ def run(capsys):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def lines(capsys):
+    """Run one command line and return its JSON lines; anything else than the expected exit code fails."""
+
+    def lines(*argv, code=0):
+        from specstop.cli import main
+
+        capsys.readouterr()
+        assert main([*map(str, argv), "--json"]) == code
+        out, err = capsys.readouterr()
+        assert err == "" and out.endswith("\n")
+        return [json.loads(line, parse_constant=pytest.fail) for line in out.splitlines()]
+
+    return lines
+
+
+@pytest.fixture
+def text(capsys):
+    """Run one command line and return what it prints for people."""
+
+    def text(*argv, code=0):
+        from specstop.cli import main
+
+        capsys.readouterr()
+        assert main([*map(str, argv)]) == code
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return text
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """A trace of the tiny pair, recorded by the command."""
+    pytest.importorskip("torch")
+    from specstop.cli import main
+
+    folder = tmp_path_factory.mktemp("recorded")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"tokens": [1 + r % 7, 2, 3 + r % 5]}) + "\n" for r in range(12)))
+    pair, sizes = "--target tiny --draft tiny:1", "--max-new-tokens 24 --max-candidates 6 --seed 5"
+    assert main(f"record {pair} --prompts {prompts} --out {folder}/trace {sizes}".split()) == 0
+    return folder / "trace"

@@ -7,8 +7,9 @@ from fractions import Fraction
 import pytest
 
 from mdp import conditions, families
+from mdp.case import examine
 from mdp.gallery import FOLDER, gallery
-from mdp.theory import check, examine
+from mdp.theory import check
 
 ENTRIES = {entry.name: entry for entry in gallery()}
 RENEWAL = [name for name, entry in ENTRIES.items() if not entry.problem.lower().persistent]

@@ -14,11 +14,12 @@ from scipy.optimize import minimize_scalar
 from theory_problems import SHARE, Numbers, batches, budget, made
 
 from mdp.acceptance import IID, BetaMixture, LogitAR, Observed, TokenPair
+from mdp.case import examine, examine_many
 from mdp.cost import Affine, Table
 from mdp.gallery import gallery
 from mdp.head_rule import unweighted, weighted
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.theory import check, examine, examine_many
+from mdp.theory import check
 
 GENERAL = (
     laws.optimum_is_enumerated, laws.optimal_table_earns_the_optimum, laws.value_changes_sign_once,

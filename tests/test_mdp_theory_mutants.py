@@ -13,10 +13,10 @@ import theory_laws as laws
 from theory_problems import KINDS, Numbers, made
 
 from mdp import conditions, families, price, theory
+from mdp.case import Case, examine, examine_many
 from mdp.cost import Affine
 from mdp.gallery import gallery
 from mdp.problem import FiniteProblem, StoppingProblem
-from mdp.theory import examine, examine_many
 
 SEEDS = [3, 77, *range(2**13, 2**13 + 6)]
 
@@ -94,13 +94,13 @@ MUTANTS = {
     "one threshold for all, compared the other way round": (
         families, "_ladder", "np.argsort(-level", "np.argsort(level", "constant", laws.one_threshold_is_optimal),
     "thresholds are a tenth too low": (
-        theory.Case, "threshold", "np.broadcast_to(table", "np.broadcast_to(0.9 * table",
+        Case, "threshold", "np.broadcast_to(table", "np.broadcast_to(0.9 * table",
         "renewal", laws.value_changes_sign_once),
     "thresholds are those of another regime": (
-        theory.Case, "threshold", "np.broadcast_to(table", "np.broadcast_to(table[:, ::-1]",
+        Case, "threshold", "np.broadcast_to(table", "np.broadcast_to(table[:, ::-1]",
         "renewal", laws.optimal_table_earns_the_optimum),
     "thresholds are listed from the last depth": (
-        theory.Case, "threshold", "np.broadcast_to(table", "np.broadcast_to(table[::-1]",
+        Case, "threshold", "np.broadcast_to(table", "np.broadcast_to(table[::-1]",
         "persistent", laws.threshold_rises_with_depth),
     # the facts
     "Delta without t_d": (
@@ -113,10 +113,10 @@ MUTANTS = {
         theory, "sufficient_bound", "float(finite.verify_time[0]) - least_time", "float(finite.verify_time[0])",
         "renewal", laws.bound_is_the_tightest),
     "D leaves out the bias": (
-        theory.Case, "ahead", "self.solution.bias if self.exact else", "0.0 * self.solution.bias if self.exact else",
+        Case, "ahead", "self.solution.bias if self.exact else", "0.0 * self.solution.bias if self.exact else",
         "persistent", laws.bound_is_the_tightest),
     "D is taken at the wrong rate": (
-        theory.Case, "ahead", "self.price * unit", "1.1 * self.price * unit",
+        Case, "ahead", "self.price * unit", "1.1 * self.price * unit",
         "renewal", laws.bound_is_the_tightest),
     "F1 looks for the stop set above the threshold": (
         theory, "threshold_form", "knots < at", "knots > at", "renewal", laws.reports_are_sound),
@@ -182,7 +182,7 @@ def examined():
 
 def fresh(case):
     """The case without what it has cached."""
-    return theory.Case(*(getattr(case, name) for name in case.__dataclass_fields__))
+    return Case(*(getattr(case, name) for name in case.__dataclass_fields__))
 
 
 def law_holds(law, cases):

@@ -13,9 +13,9 @@ PACKAGES = ("mdp", "simulate", "realmodels", "specstop")
 LINT = Path(sys.executable).with_name("lint-imports")
 
 SOLVERS = (
-    "mdp.enclosed", "mdp.horizon", "mdp.information", "mdp.lattice", "mdp.many", "mdp.phase", "mdp.policy_iteration",
-    "mdp.price", "mdp.relaxations", "mdp.search", "mdp.self_tuning", "mdp.solve", "mdp.survival_pass", "mdp.tabular",
-    "mdp.theory", "mdp.value_iteration",
+    "mdp.case", "mdp.enclosed", "mdp.horizon", "mdp.information", "mdp.lattice", "mdp.many", "mdp.phase",
+    "mdp.policy_iteration", "mdp.price", "mdp.relaxations", "mdp.search", "mdp.self_tuning", "mdp.solve",
+    "mdp.survival_pass", "mdp.tabular", "mdp.theory", "mdp.value_iteration",
 )  # fmt: skip
 
 VIOLATIONS = {

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from mdp import conditions, families, theory
+from mdp.case import Case
 from mdp.evaluate import evaluate
 from mdp.policy import LookaheadThreshold, RejectionThreshold, ThresholdTable
 from mdp.reference import Reference, advantage, solve_by_enumeration
 from mdp.solve import SolveStatus, solve
-from mdp.theory import Case
 
 CLOSE = 1e-9
 TOKENS = 1e-5  # CONTINUE - STOP closer to 0 than this is a tie: thresholds are known to 1e-6 tokens
