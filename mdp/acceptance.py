@@ -5,11 +5,13 @@ that every process can be had from here.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
 
 from mdp.continuous import BetaMixture, LogitAR
+from mdp.keys import Key
 from mdp.process import (
     AcceptanceProcess,
     FiniteChain,
@@ -40,12 +42,16 @@ MAX_REGIMES = 4096
 MAX_VOCABULARY = 32
 MAX_HIDDEN, MAX_SYMBOLS = 32, 256
 
+Moves = Annotated[np.ndarray, Key("[Z, Z]", "probability", 0, 1, "row z: law of the next regime behind z", rows=True)]
+ByRegime = Annotated[np.ndarray, Key("[Z]", "probability", 0, 1, "acceptance of a candidate drafted in regime z")]
+Start = Annotated[np.ndarray, Key("[Z]", "probability", 0, 1, "law of the regime at a round's start", rows=True)]
+
 
 @dataclass(frozen=True)
 class IID(AcceptanceProcess):
     r"""$a_i = \alpha$: the model of Leviathan et al. (2023), with $E[\text{emitted}] = (1-\alpha^{K+1})/(1-\alpha)$."""
 
-    accept_prob: float
+    accept_prob: Annotated[float, Key("number", "probability", 0, 1, "acceptance of every candidate")]
     kind = "iid"
 
     def __post_init__(self) -> None:
@@ -60,7 +66,9 @@ class IID(AcceptanceProcess):
 class Position(AcceptanceProcess):
     r"""$a_i$ depends on the candidate's place in the round only: one number per place, exactly K of them."""
 
-    accept_prob: np.ndarray = field(hash=False)
+    accept_prob: Annotated[np.ndarray, Key("[K]", "probability", 0, 1, "acceptance of candidates 1..K")] = field(
+        hash=False
+    )
     kind = "position"
 
     def __post_init__(self) -> None:
@@ -83,9 +91,9 @@ class MarkovModulated(AcceptanceProcess):
     Candidate 1's regime is drawn from `transition[z0]`, so $a(z_0)$ is never read.
     """
 
-    transition: np.ndarray = field(hash=False)
-    accept_prob: np.ndarray = field(hash=False)
-    initial: np.ndarray = field(hash=False)
+    transition: Moves = field(hash=False)
+    accept_prob: ByRegime = field(hash=False)
+    initial: Start = field(hash=False)
     kind = "markov_modulated"
 
     def __post_init__(self) -> None:
@@ -120,10 +128,12 @@ class Observed(AcceptanceProcess):
         observation: row-stochastic [Z, O], the law of the symbol in each regime.
     """
 
-    transition: np.ndarray = field(hash=False)
-    accept_prob: np.ndarray = field(hash=False)
-    initial: np.ndarray = field(hash=False)
-    observation: np.ndarray = field(hash=False)
+    transition: Moves = field(hash=False)
+    accept_prob: ByRegime = field(hash=False)
+    initial: Start = field(hash=False)
+    observation: Annotated[
+        np.ndarray, Key("[Z, O]", "probability", 0, 1, "row z: law of the symbol seen in regime z", rows=True)
+    ] = field(hash=False)
     kind = "observed"
     finite = False
     hides = frozenset({"regime", "token_accept_prob"})
@@ -217,9 +227,13 @@ class TokenPair(AcceptanceProcess):
         prompt_token: the last token of the prompt, where the first round starts.
     """
 
-    draft: np.ndarray = field(hash=False)
-    target: np.ndarray = field(hash=False)
-    prompt_token: int = 0
+    draft: Annotated[
+        np.ndarray, Key("[n, n]", "probability", 0, 1, "row u: the draft's law of the token behind u", rows=True)
+    ] = field(hash=False)
+    target: Annotated[
+        np.ndarray, Key("[n, n]", "probability", 0, 1, "row u: the target's law of the token behind u", rows=True)
+    ] = field(hash=False)
+    prompt_token: Annotated[int, Key("whole number", "", 0, MAX_VOCABULARY - 1, "last token of the prompt")] = 0
     kind = "token_pair"
 
     def __post_init__(self) -> None:

@@ -2,11 +2,13 @@ r"""Continuous acceptance processes, bracketed between two finite chains."""
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import interpolate, optimize, special
 
+from mdp.keys import Key
 from mdp.process import AcceptanceProcess, FiniteChain, Sampled, number, probabilities
 
 __all__ = ["BetaMixture", "LogitAR"]
@@ -25,8 +27,8 @@ class BetaMixture(AcceptanceProcess):
     Solved in `mdp.independent`, thresholds evaluated in `mdp.rounded`, both by the law's partial moments.
     """
 
-    mean: float
-    concentration: float
+    mean: Annotated[float, Key("number", "probability", 0, 1, "mean acceptance")]
+    concentration: Annotated[float, Key("number", "", *CONCENTRATIONS, "the larger, the less acceptances differ")]
     kind = "beta_mixture"
     finite = False
 
@@ -125,9 +127,11 @@ class LogitAR(AcceptanceProcess):
         correlation: $\phi$, in 0..0.999999; the proof needs that it is not negative.
     """
 
-    logit_mean: float
-    logit_deviation: float
-    correlation: float
+    logit_mean: Annotated[float, Key("number", "logit", *LOGIT_LIMITS["logit_mean"], "mean logit of acceptance")]
+    logit_deviation: Annotated[
+        float, Key("number", "logit", *LOGIT_LIMITS["logit_deviation"], "standard deviation of every logit")
+    ]
+    correlation: Annotated[float, Key("number", "", *LOGIT_LIMITS["correlation"], "of a logit with the one before")]
     kind = "logit_ar"
     finite = False
 

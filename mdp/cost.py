@@ -11,14 +11,20 @@ $V(k) \ge 0$; then every $T(k) > 0$.
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from jaxtyping import Float
 
+from mdp.keys import Key
+
 __all__ = ["Affine", "Cost", "Overlapped", "Roofline", "Table"]
 
 MAX_COUNT = 2**40
+SHORTEST, LONGEST = 1e-100, 1e100
+"""No clock needs more; sums and products of such times stay finite in float64."""
+
+Step = Annotated[float, Key("number", "time", SHORTEST, LONGEST, "one draft step")]
 
 
 class Cost:
@@ -40,10 +46,6 @@ class Cost:
         return np.arange(max_candidates + 1) * self.draft_time + self.verify_times(max_candidates)
 
 
-SHORTEST, LONGEST = 1e-100, 1e100
-"""No clock needs more; sums and products of such times stay finite in float64."""
-
-
 def _time(name: str, value: object, zero: bool = False) -> float:
     good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     least = 0.0 if zero else SHORTEST
@@ -63,9 +65,9 @@ def _whole(name: str, value: object, least: int) -> int:
 class Affine(Cost):
     r"""$V(k) = $ `verify_time` + `verify_slope` $\cdot\, k$; slope 0 is the constant verification time of the paper."""
 
-    draft_time: float
-    verify_time: float
-    verify_slope: float = 0.0
+    draft_time: Step
+    verify_time: Annotated[float, Key("number", "time", SHORTEST, LONGEST, "V(0): a target call with no candidate")]
+    verify_slope: Annotated[float, Key("number", "time", 0, LONGEST, "what each candidate adds to V")] = 0.0
     kind = "affine"
 
     def __post_init__(self) -> None:
@@ -81,8 +83,10 @@ class Affine(Cost):
 class Table(Cost):
     """$V(0), .., V(K)$ as measured; steps and dips are kept."""
 
-    draft_time: float
-    verify_time: np.ndarray = field(hash=False)
+    draft_time: Step
+    verify_time: Annotated[
+        np.ndarray, Key("[K+1]", "time", SHORTEST, LONGEST, "V(0)..V(K): a target call with so many candidates")
+    ] = field(hash=False)
     kind = "table"
 
     def __post_init__(self) -> None:
@@ -131,18 +135,18 @@ class Roofline(Cost):
         (0.001, [0.007, 0.007, 0.014])
     """
 
-    draft_weight_bytes: float
-    draft_kv_bytes: float
-    draft_flops: float
-    target_weight_bytes: float
-    target_kv_bytes: float
-    target_flops: float
-    memory_bandwidth: float
-    peak_flops: float
-    batch_size: int = 1
-    context_length: int = 0
-    draft_overhead: float = 0.0
-    target_overhead: float = 0.0
+    draft_weight_bytes: Annotated[float, Key("number", "bytes", SHORTEST, LONGEST, "read once a draft step")]
+    draft_kv_bytes: Annotated[float, Key("number", "bytes", 0, LONGEST, "the draft's cache per token of context")]
+    draft_flops: Annotated[float, Key("number", "flop", SHORTEST, LONGEST, "the draft's arithmetic per position")]
+    target_weight_bytes: Annotated[float, Key("number", "bytes", SHORTEST, LONGEST, "read once a target call")]
+    target_kv_bytes: Annotated[float, Key("number", "bytes", 0, LONGEST, "the target's cache per token of context")]
+    target_flops: Annotated[float, Key("number", "flop", SHORTEST, LONGEST, "the target's arithmetic per position")]
+    memory_bandwidth: Annotated[float, Key("number", "bytes/s", SHORTEST, LONGEST, "of the device")]
+    peak_flops: Annotated[float, Key("number", "flop/s", SHORTEST, LONGEST, "of the device")]
+    batch_size: Annotated[int, Key("whole number", "", 1, MAX_COUNT, "requests per pass")] = 1
+    context_length: Annotated[int, Key("whole number", "tokens", 0, MAX_COUNT, "that each request has")] = 0
+    draft_overhead: Annotated[float, Key("number", "s", 0, LONGEST, "a draft step takes on top")] = 0.0
+    target_overhead: Annotated[float, Key("number", "s", 0, LONGEST, "a target call takes on top")] = 0.0
     kind = "roofline"
 
     def __post_init__(self) -> None:
@@ -196,7 +200,7 @@ class Overlapped(Affine):
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.25, 1.5]
     """
 
-    overlap: float = 1.0
+    overlap: Annotated[float, Key("number", "", 0, 1, "share of the shorter activity that the longer one hides")] = 1.0
     kind = "overlapped"
 
     def __post_init__(self) -> None:

@@ -96,7 +96,7 @@ def needs(policy: Policy) -> frozenset[str]:
     """Observation fields the rule reads; a one-column table does not read the regime.
 
     Raises:
-        ValueError: if it declares a field no observation has.
+        ValueError: if it declares a field no observation has, or cannot do without one that it does not declare.
     """
     wanted = frozenset(policy.needs)
     unknown = wanted.difference(Observation._fields)
@@ -104,7 +104,41 @@ def needs(policy: Policy) -> frozenset[str]:
         raise ValueError(f"policy {label(policy)!r} needs {min(unknown)}, which is no field of an observation")
     if isinstance(policy, ThresholdTable) and policy.survival_threshold.shape[1] == 1:
         wanted = wanted - {"regime"}
+    if undeclared := _undeclared(policy, wanted):
+        raise ValueError(
+            f"policy {label(policy)!r}: stop() reads {undeclared}, which is not among its needs "
+            f"{tuple(policy.needs)!r}; worlds show a rule what it declares"
+        )
     return wanted
+
+
+class _Seen:
+    """An observation that shows what is declared, and remembers what else was asked for."""
+
+    def __init__(self, wanted: frozenset[str]):
+        shown = dict.fromkeys(wanted, 0.5) | dict.fromkeys(wanted & {"regime", "symbol"}, 0)
+        self._shown, self.hidden = Observation(**{"num_candidates": 1} | shown), []
+
+    def __getattr__(self, name: str) -> object:
+        value = getattr(self._shown, name)
+        if value is None:
+            self.hidden.append(name)
+        return value
+
+
+def _undeclared(policy: Policy, wanted: frozenset[str]) -> str | None:
+    """The field without which one call of `stop` fails, if the rule does not declare it.
+
+    A rule may ask whether an optional field is there; what else may be wrong with it shows where it runs.
+    """
+    seen = _Seen(wanted)
+    try:
+        policy.stop(policy.init(), seen)  # type: ignore[arg-type]
+    except (TypeError, AttributeError):
+        return seen.hidden[-1] if seen.hidden else None
+    except Exception:
+        return None
+    return None
 
 
 def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int | None) -> Policy:

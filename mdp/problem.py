@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -24,6 +24,10 @@ from scipy.sparse.csgraph import connected_components
 
 from mdp.acceptance import (
     IID,
+    MAX_HIDDEN,
+    MAX_REGIMES,
+    MAX_SYMBOLS,
+    MAX_VOCABULARY,
     AcceptanceProcess,
     BetaMixture,
     FiniteChain,
@@ -37,6 +41,7 @@ from mdp.acceptance import (
 )
 from mdp.chain import reachable
 from mdp.cost import Affine, Cost, Overlapped, Roofline, Table
+from mdp.keys import Key, describe
 
 __all__ = ["FiniteProblem", "Persistent", "StoppingProblem", "cost_from_dict", "load", "loads", "schema", "start_graph"]
 
@@ -89,8 +94,13 @@ class FiniteProblem(NamedTuple):
 class Persistent:
     """The coupling of rounds through regimes: row-stochastic [Z, Z] laws of the next start regime."""
 
-    rejection: np.ndarray
-    bonus: np.ndarray
+    rejection: Annotated[
+        np.ndarray, Key("[Z, Z]", "probability", 0, 1, "next start, by the regime first rejected", rows=True)
+    ]
+    bonus: Annotated[
+        np.ndarray,
+        Key("[Z, Z]", "probability", 0, 1, "next start, by the last regime if all are accepted", rows=True),
+    ]
     kind = "persistent"
 
     def __post_init__(self) -> None:
@@ -362,9 +372,13 @@ def read_text(path: str | Path) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """Every kind the problem file knows, with its keys."""
+    """Every kind the problem file knows, with its keys; under `keys` what each of them
+    holds (`mdp.keys`), under `most` the longest axes."""
     kinds = {"acceptance": ACCEPTANCE, "coupling": COUPLING, "cost": COST}
+    keys = {part: {kind: describe(cls) for kind, cls in known.items()} for part, known in kinds.items()}
     return {
-        **{part: {kind: [f.name for f in fields(cls)] for kind, cls in known.items()} for part, known in kinds.items()},
+        **{part: {kind: list(described) for kind, described in known.items()} for part, known in keys.items()},
         "max_candidates": [1, MAX_CANDIDATES],
+        "most": {"Z": MAX_REGIMES, "Z of observed": MAX_HIDDEN, "O": MAX_SYMBOLS, "n": MAX_VOCABULARY},
+        "keys": keys,
     }

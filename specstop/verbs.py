@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
-from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
+from specstop.output import emit, json_line, key_values, policy_table, schema_text, solution_text, table
 from specstop.traces import load_trace
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
+MOST_WORK = 10**8  # about half a second
 NO_LIMIT = 2**31  # tokens, where texts end by chance alone
 
 DECODE_COLUMNS = (
@@ -55,10 +56,25 @@ def solve(args: Namespace) -> int:
             done.append(solve_horizon(problem, args.num_tokens, tol=args.tol))
             result["horizon"] = done[-1].to_dict()
         advice = next((str(part.status.value) for part in done if part.status.value), "")
-        emit(json_line(result) if args.json else solution_text(path, result, advice))
+        emit(json_line(result) if args.json else solution_text(path, result, advice, _best_fixed(problem)))
         if advice:
             code = NOT_CONVERGED
     return code
+
+
+def _best_fixed(problem: Any) -> tuple[int, float] | None:
+    """The best fixed length and its throughput; None if a length has several long runs, or if finding it takes long."""
+    from mdp.frontier import frontier
+
+    finite = problem.unseen()
+    if finite.persistent and finite.num_regimes**3 * finite.max_candidates > MOST_WORK:
+        return None  # a stationary law of all regimes for each length
+    try:
+        throughput = frontier(problem, "fixed", range(finite.max_candidates + 1)).throughput
+    except ValueError:
+        return None
+    best = int(throughput.argmax())
+    return best, float(throughput[best])
 
 
 def _solve(problem: Any, args: Namespace) -> Any:
@@ -348,21 +364,14 @@ def study(args: Namespace) -> int:
 
 
 def schema(args: Namespace) -> int:
-    """Every kind and key of the problem file."""
+    """Every kind and key of the problem file, with shapes, units, ranges and defaults."""
     from mdp.problem import schema
 
     known = schema()
     if args.json:
         emit(json_line(known))
         return DONE
-    rows = [
-        {"part": part, "kind": kind, "keys": ", ".join(keys) or "-"}
-        for part, kinds in known.items()
-        if isinstance(kinds, Mapping)
-        for kind, keys in kinds.items()
-    ]
-    low, high = known["max_candidates"]
-    emit(f"{table(rows)}\n\nmax_candidates: a whole number in {low}..{high}")
+    emit(schema_text(known))
     return DONE
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from specstop.cli import main
 from specstop.output import emit, json_line, jsonable, table
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
+FIXED = [f"fixed:{k}" for k in range(13)]
 SOLVE_KEYS = {"status", "throughput", "speedup", "bounds", "survival_threshold", "block_efficiency",
               "verification_rate", "discard_rate", "mean_candidates", "seconds", "method"}  # fmt: skip
 EVALUATE_KEYS = {"policy", "throughput", "speedup", "block_efficiency", "verification_rate", "discard_rate",
@@ -72,6 +74,24 @@ def test_solve_tells_the_time_until_so_many_tokens_are_out(lines, text):
     assert "horizon expected_time" in text("solve", PROBLEM, "--num-tokens", "50")
     (open_one,) = lines("solve", PROBLEM, "--num-tokens", "5", "--tol", "1e-15", "--max-knots", "1", code=3)
     assert open_one["horizon"]["status"] == "max_steps_reached"
+
+
+def test_solve_gives_people_the_best_fixed_length_to_paste(lines, text, monkeypatch, tmp_path):
+    (best,) = re.findall(r"to paste: (fixed:\d+), .* \((\S+), 15 % below the optimum\)", text("solve", PROBLEM))
+    answers = {x["policy"]: x["throughput"] for x in lines("evaluate", PROBLEM, "--policy", *FIXED)}
+    assert max(answers, key=answers.__getitem__) == best[0]
+    assert answers[best[0]] == pytest.approx(float(best[1]), rel=1e-4)
+    iid = json.loads(PROBLEM.read_text()) | {"acceptance": {"kind": "iid", "accept_prob": 0.8}}
+    (tmp_path / "iid.json").write_text(json.dumps(iid))
+    assert "to paste: fixed:4, the best fixed length (1.8676, as good as the optimum)" in text(
+        "solve", tmp_path / "iid.json"
+    )
+    # where a stationary law for each length would take long, none is named
+    kept = {"kind": "persistent", "rejection": [[1, 0], [0, 1]], "bonus": [[0.5, 0.5], [0.5, 0.5]]}
+    (tmp_path / "kept.json").write_text(json.dumps(json.loads(PROBLEM.read_text()) | {"coupling": kept}))
+    assert "to paste: fixed:" in text("solve", tmp_path / "kept.json")
+    monkeypatch.setattr("specstop.verbs.MOST_WORK", 0)
+    assert "to paste" not in text("solve", tmp_path / "kept.json")
 
 
 def test_what_a_continuous_process_cannot_have_is_refused_before_any_work(capsys, tmp_path):
@@ -248,6 +268,13 @@ def test_demo_says_what_it_found(text, lines, monkeypatch, tmp_path):
 def test_schema_and_policies_list_what_can_be_typed(lines, text):
     (schema,) = lines("schema")
     assert schema["acceptance"]["iid"] == ["accept_prob"] and schema["max_candidates"] == [1, 1024]
+    slope = schema["keys"]["cost"]["affine"]["verify_slope"]
+    assert (slope["unit"], slope["low"], slope["default"], slope["required"]) == ("time", 0, 0, False)
+    rows = [re.split(r"  +", line) for line in text("schema").splitlines()]
+    assert ["cost", "affine", "verify_slope", "number", "time", ">= 0", "0", "what each candidate adds to V"] in rows
+    assert ["cost", "overlapped", "overlap", "number", "-", "0..1", "1"] in [row[:7] for row in rows]
+    assert ["cost", "table", "verify_time", "[K+1]", "time", "> 0", "none"] in [row[:7] for row in rows]
+    assert all(len(row) == 8 for row in rows[: rows.index([""])])
     rules = lines("policies")
     assert {"fixed", "rejection", "lookahead", "optimal", "oracle"} <= {rule["name"] for rule in rules}
     assert all(rule["usage"] and rule["does"] for rule in rules)

@@ -1,6 +1,7 @@
 """Policy strings and rules: what is read, what is refused, and one verdict whatever holds the numbers."""
 
 import json
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 
 from mdp.acceptance import IID
 from mdp.cost import Affine
+from mdp.entrants import catalogue, needs
+from mdp.evaluate import evaluate
 from mdp.policy import (
     MAX_TABLE_BYTES,
     SIGNALS,
@@ -19,6 +22,7 @@ from mdp.policy import (
     LookaheadThreshold,
     Observation,
     Oracle,
+    Policy,
     RejectionThreshold,
     ThresholdTable,
     load_table,
@@ -26,6 +30,7 @@ from mdp.policy import (
 )
 from mdp.problem import StoppingProblem
 from mdp.solve import solve
+from simulate.rounds import simulate
 
 GOOD = {
     "fixed:0": FixedLength(0),
@@ -234,3 +239,32 @@ def test_a_file_that_is_no_text_or_too_large_is_refused(tmp_path):
         load_table(path)
     with pytest.raises(ValueError, match="no such solution file"):
         load_table(tmp_path)
+
+
+def test_a_rule_that_forgets_to_say_what_it_reads_is_told_so():
+    @dataclass(frozen=True)
+    class Forgetful(Policy):
+        threshold: float
+
+        def stop(self, state, observation):
+            return state, 1.0 - observation.survival > self.threshold
+
+    with pytest.raises(ValueError, match=r"Forgetful\(threshold=0.5\)': stop\(\) reads survival, which is not among"):
+        needs(Forgetful(0.5))
+    problem = StoppingProblem(IID(0.8), Affine(draft_time=0.2, verify_time=1.0), max_candidates=4)
+    for world in (
+        lambda: evaluate(problem, Forgetful(0.5)),
+        lambda: simulate(problem, [Forgetful(0.5)], rounds=9, key=0),
+    ):
+        with pytest.raises(ValueError, match="reads survival"):
+            world()
+
+    @dataclass(frozen=True)
+    class Cautious(Forgetful):
+        def stop(self, state, observation):  # may read what is there, and does without
+            sure = 1.0 if observation.survival is None else observation.survival
+            return state, 1.0 - sure > self.threshold
+
+    assert needs(Cautious(0.5)) == frozenset()
+    for spec in catalogue(4):
+        assert spec.policy is None or needs(spec.policy) <= set(spec.policy.needs)
