@@ -129,8 +129,12 @@ class _Seen:
 def _undeclared(policy: Policy, wanted: frozenset[str]) -> str | None:
     """The field without which one call of `stop` fails, if the rule does not declare it.
 
-    A rule may ask whether an optional field is there; what else may be wrong with it shows where it runs.
+    Called is only a `stop` that names such a field. A rule may ask whether an optional field is there; what else may
+    be wrong with it shows where it runs.
     """
+    named = getattr(getattr(type(policy).stop, "__code__", None), "co_names", ())
+    if not set(named).intersection(Observation._fields) - wanted - {"num_candidates"}:
+        return None
     seen = _Seen(wanted)
     try:
         policy.stop(policy.init(), seen)  # type: ignore[arg-type]

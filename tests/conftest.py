@@ -109,3 +109,16 @@ def trace(tmp_path_factory):
     pair, sizes = "--target tiny --draft tiny:1", "--max-new-tokens 24 --max-candidates 6 --seed 5"
     assert main(f"record {pair} --prompts {prompts} --out {folder}/trace {sizes}".split()) == 0
     return folder / "trace"
+
+
+@pytest.fixture(scope="module")
+def recorded_folder(tmp_path_factory):
+    """A folder as `make demo` leaves it, with a tiny pair's trace in the place of the real one."""
+    pytest.importorskip("torch")
+    from realmodels.pair import load_pair
+    from realmodels.record import record
+
+    folder = tmp_path_factory.mktemp("recorded")
+    prompts = [[1 + r % 7, 2, 3 + r % 5] for r in range(16)]
+    record(load_pair("tiny", "tiny:1"), prompts, folder / "out" / "trace", max_new_tokens=24, progress=False)
+    return folder

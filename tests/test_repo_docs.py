@@ -1,0 +1,95 @@
+"""The pages of the site: their code runs, the tests they name exist, and what they generate covers the code."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from blocks import blocks, commands
+
+from specstop.cli import build_parser, main, spread_policies
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    path for path in DOCS.rglob("*.md") if not {"_build", "notebooks"}.intersection(path.relative_to(DOCS).parts)
+)
+RUN = [page for page in PAGES if any(block.language in ("sh", "{run}", "python") for block in blocks(page.read_text()))]
+ELSEWHERE = ("gsm8k.jsonl", "test.json")
+"""Files of other projects, which we do not have: commands that name one are parsed only."""
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_the_code_of_a_page_runs_in_order(page, recorded_folder, monkeypatch, run):
+    monkeypatch.chdir(recorded_folder)
+    namespace: dict = {}
+    text = page.read_text()
+    for block in blocks(text):
+        if block.file:
+            Path(block.file).write_text(block.text)
+    for block in blocks(text):
+        if block.language == "python" and not block.file:
+            exec(compile(block.text, str(page), "exec"), namespace)
+        elif block.language in ("sh", "{run}"):
+            for command in commands(block.text):
+                build_parser().parse_args(
+                    spread_policies(command.argv)
+                )  # exits, with its message, if it is out of date
+                if command.long or set(ELSEWHERE).intersection(command.argv):
+                    continue
+                code, out, err = run(*command.argv)
+                assert code == 0 and out and not err, (command.line, err)
+                if command.target:
+                    Path(command.target).write_text(out)
+
+
+def test_the_pages_hold_commands_and_code():
+    found = [command for page in RUN for block in blocks(page.read_text()) for command in commands(block.text)]
+    assert len(found) >= 20 and any(command.long for command in found)
+    verbs = {command.argv[0] for command in found}
+    assert {"solve", "evaluate", "simulate", "record", "replay", "audit", "import", "validate", "sweep"} <= verbs
+
+
+NAMED = {
+    name for page in PAGES for block in blocks(page.read_text()) if block.language == "{held-by}"
+    for name in block.text.split()
+}  # fmt: skip
+
+
+def test_the_tests_that_a_page_names_exist():
+    assert len(NAMED) >= 40
+    for name in NAMED:
+        file, _, function = name.partition("::")
+        tree = ast.parse((ROOT / file).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, name
+
+
+def test_every_fact_is_on_the_page_with_tests_that_hold_it():
+    from mdp.theory import CLAIMS
+
+    sections = re.split(r"^## ", (DOCS / "theory" / "facts.md").read_text(), flags=re.M)[1:]
+    for fact in CLAIMS:
+        (section,) = [text for text in sections if text.startswith(f"{fact}. ")]
+        assert "**Condition.**" in section or fact in ("F4", "F6")
+        assert "**Proof" in section and "{held-by}" in section, fact
+
+
+def test_figures_of_the_gallery_in_the_text_are_those_of_the_gallery():
+    from mdp.gallery import gallery
+
+    text = (DOCS / "theory" / "false-claims.md").read_text()
+    values = {case.name: str(case.value) for case in gallery()}
+    told = re.findall(r"\{ref\}`([a-z_]+)\s+<[a-z_]+>`[^*{]*?\bloses (\d+/\d+)", text)
+    assert len(told) >= 5 and all(values[name] == value for name, value in told)
+
+
+def test_a_block_that_does_not_run_is_seen():
+    page = "`a.json`:\n\n```json\n{}\n```\n\n```{run}\nspecstop solve \\\n  a.json > b.json  # here\n```\n"
+    page += "\n```python\n1\n```\n"
+    assert [(block.language, block.file) for block in blocks(page)] == [
+        ("json", "a.json"), ("{run}", None), ("python", None),
+    ]  # fmt: skip
+    (command,) = [command for block in blocks(page) for command in commands(block.text)]
+    assert (command.argv, command.target, command.long) == (["solve", "a.json"], "b.json", False)
+    (record,) = commands("specstop record --target bundled --draft rtn --prompts p --out o\n")
+    assert record.long and main(["solve", "there-is-no-such.json"]) == 2
