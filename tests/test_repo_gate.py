@@ -53,7 +53,7 @@ def test_makefile_and_gate_agree_with_the_project():
     for extra in re.findall(r"-e '\.\[(\w+)\]'", makefile):
         assert extra in extras
     targets = set(re.findall(r"^([.\w/]+):", makefile, re.MULTILINE))
-    assert {"demo", "test", "lint", "notebooks", "ci", "clean"} <= targets
+    assert {"demo", "test", "lint", "notebooks", "docs", "ci", "clean"} <= targets
     assert set(re.findall(r"\bmake ([.\w/]+)", gate)) <= targets
     assert "torch==" in (ROOT / "constraints.txt").read_text()
 

@@ -1,5 +1,6 @@
 """The README's code and commands run as they stand, in order, in one folder."""
 
+import json
 import re
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from specstop.cli import build_parser, spread_policies
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+ELSEWHERE = {("check", "--gallery"): "test_the_gallery_prints_what_is_broken"}
+"""Commands that test_cli_check.py runs as they stand."""
 
 
 def test_the_first_block_is_the_python_tour():
@@ -32,7 +35,7 @@ def test_blocks_and_commands_run(recorded_folder, monkeypatch, run):
             for command in commands(block.text):
                 build_parser().parse_args(spread_policies(command.argv))
                 # what needs the bundled model and minutes is run by .ci/run and the slow tests
-                if command.long and command.argv[0] != "study":
+                if (command.long and command.argv[0] != "study") or tuple(command.argv) in ELSEWHERE:
                     continue
                 code, out, err = run(*command.argv)
                 assert code == 0 and out and not err, command.line
@@ -46,3 +49,10 @@ def test_blocks_and_commands_run(recorded_folder, monkeypatch, run):
 def test_the_files_that_the_readme_names_exist():
     for target in re.findall(r"\]\(((?!https?:|#)[^)]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_what_is_left_out_here_is_run_elsewhere():
+    tests = (ROOT / "tests" / "test_cli_check.py").read_text()
+    for command, name in ELSEWHERE.items():
+        body = tests.partition(f"def {name}(")[2].partition("\ndef ")[0]
+        assert f"run({', '.join(map(json.dumps, command))})" in body
