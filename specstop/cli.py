@@ -76,6 +76,7 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
 not_negative = number(-5e-324, float("inf"), "a finite number >= 0")
 probability = number(-5e-324, 1.0 + 2.0**-52, "a number in [0, 1]")
 fraction = number(0.0, 1.0, "a number between 0 and 1")
+share = number(0.0, 1.0 + 2.0**-52, "a number in (0, 1]")
 seed = whole_number(0, 2**63 - 1)
 
 
@@ -112,6 +113,7 @@ def build_parser() -> Parser:
         out.add_argument("--max-new-tokens", type=whole_number(1, 10**6), default=128, help="default 128")
         out.add_argument("--temperature", type=not_negative, default=1.0, help="0 is greedy (default 1)")
         out.add_argument("--top-k", type=whole_number(0, 10**9), default=50, help="0 keeps all tokens (default 50)")
+        out.add_argument("--top-p", type=share, default=1.0, help="mass kept after top-k (default 1: all)")
         out.add_argument("--seed", type=seed, default=0, help="default 0")
 
     def pair(out: Parser) -> None:

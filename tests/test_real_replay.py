@@ -16,7 +16,9 @@ from mdp.fit import SignalModel, fit_signal, split_requests  # noqa: E402
 from mdp.policy import (  # noqa: E402
     FixedLength,
     LookaheadThreshold,
+    Observation,
     Oracle,
+    Outcome,
     Policy,
     PolicySpec,
     RejectionThreshold,
@@ -25,7 +27,6 @@ from mdp.policy import (  # noqa: E402
 from realmodels.decode import _Run, decode, decode_all, total  # noqa: E402
 from realmodels.pair import ModelPair, load_pair  # noqa: E402
 from realmodels.record import record  # noqa: E402
-from realmodels.sampling import Sampling  # noqa: E402
 from realmodels.verify import Law, verify  # noqa: E402
 from simulate.replay import replay_rounds  # noqa: E402
 from tests.test_real_verify import assert_two_token_law  # noqa: E402
@@ -99,7 +100,7 @@ def played(trace, policy, request):
         failed, drafted, accepted, survival, ended = None, 0, 0, 1.0, False
         features = {"draft_prob": np.nan, "token_accept_prob": np.nan}
         while drafted < most and not ended:
-            seen = realmodels.decode.Observation(drafted, survival=survival, **features)
+            seen = Observation(drafted, survival=survival, **features)
             state, stop = policy.stop(state, seen)
             if stop:
                 break
@@ -115,7 +116,7 @@ def played(trace, policy, request):
             drafted += 1
         cut = int(failed is None and ended)
         rounds.append((drafted, accepted, accepted + 1 - cut, cut))
-        state = policy.end_round(state, realmodels.decode.Outcome(drafted, accepted))
+        state = policy.end_round(state, Outcome(drafted, accepted))
         start += rounds[-1][2]
     return rounds
 
@@ -258,19 +259,13 @@ def bonus_from_q(monkeypatch):
 
 
 def q_not_warped(monkeypatch):
-    honest, feature_law, seen = _Run.draft, Sampling.feature_law, []
-
-    def watch(self, logits):
-        seen.append(logits)
-        return feature_law(self, logits)
+    honest = _Run.draft
 
     def wrong(self):
-        answer = honest(self)
-        everything = torch.arange(seen[-1].shape[-1])[None]
-        self.draft_laws[-1] = Law(torch.softmax(seen[-1].double(), -1), everything)
-        return answer
+        honest(self)
+        everything = torch.arange(self.logits.shape[-1])[None]
+        self.draft_laws[-1] = Law(torch.softmax(self.logits.double(), -1), everything)
 
-    monkeypatch.setattr(Sampling, "feature_law", watch)
     monkeypatch.setattr(_Run, "draft", wrong)
 
 
