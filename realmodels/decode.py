@@ -183,7 +183,7 @@ def decode(
         most = min(max_candidates, max_new_tokens - emitted - 1)
         while (drafted := len(run.candidates)) < most and not (drafted and run.candidates[-1] in pair.end_token_ids):
             if drafted and sight.reads_features:
-                sight.update(run.features(), run.hidden(after=sight.reads_ahead) if sight.reads_head else None)
+                sight.update(run.features(), run.hidden)
             state, stop = rule.stop(state, sight.observation(drafted))
             if stop:
                 break
@@ -208,11 +208,10 @@ class _Run:
     path: list[int]
     rng: np.random.Generator
     score: bool
-    keeps_hidden: bool = False
+    keeps_hidden: bool
     candidates: list[int] = field(default_factory=list)
     draft_laws: list[Law] = field(default_factory=list)
     target_logits: list[Tensor] = field(default_factory=list)
-    ahead: tuple[Tensor, Tensor | None] | None = None
     draft_time: float = 0.0
     verify_time: float = 0.0
 
@@ -228,19 +227,13 @@ class _Run:
         keep = len(text) - max(reader.num_columns, len(self.path) - 1)
         return reader.read(torch.tensor([text])[:, span[0]], span, keep=keep, keep_hidden=keep_hidden)[0]
 
-    def _step(self) -> tuple[Tensor, Tensor | None]:
-        """Logits [1, vocabulary] of the next candidate, and the hidden state [width] behind them if it is kept."""
-        logits = self._read(self.drafter, self.keeps_hidden)[-1:]
-        return logits, None if self.drafter.hidden is None else self.drafter.hidden[0, -1]
-
     def _uniforms(self, *shape: int) -> Tensor:
         return torch.from_numpy(self.rng.random(shape)).to(self.pair.target.device)
 
     def draft(self) -> None:
         """Draw one more candidate."""
         start = time.perf_counter()
-        self.logits, self.behind = self.ahead or self._step()
-        self.ahead = None
+        self.logits = self._read(self.drafter, self.keeps_hidden)[-1:]
         law = self.sampling.law(self.logits)
         self.token = draw(law, self._uniforms(1))
         chosen = int(self.token)
@@ -257,7 +250,8 @@ class _Run:
         start = time.perf_counter()
         law = self.draft_laws[-1]
         # Unless decoding is greedy, the law that features are taken from is the one that was drawn from.
-        values = draft_features(law if self.sampling.temperature else self.sampling.feature_law(self.logits), self.token)
+        shown_law = law if self.sampling.temperature else self.sampling.feature_law(self.logits)
+        values = draft_features(shown_law, self.token)
         shown = {name: float(value) for name, value in values.items()}
         self.draft_time += time.perf_counter() - start
         if self.score:
@@ -267,14 +261,10 @@ class _Run:
             self.verify_time += time.perf_counter() - start
         return shown
 
-    def hidden(self, after: bool) -> Tensor | None:
-        """The draft's hidden state [width] that the last candidate's law came from, or the one after reading it."""
-        if not after:
-            return self.behind
-        start = time.perf_counter()
-        self.ahead = self.ahead or self._step()
-        self.draft_time += time.perf_counter() - start
-        return self.ahead[1]
+    @property
+    def hidden(self) -> Tensor | None:
+        """The draft's hidden state [width] that the last candidate's law came from, if it is kept."""
+        return None if self.drafter.hidden is None else self.drafter.hidden[0, -1]
 
     def verify(self) -> tuple[int, list[int]]:
         """Submit all candidates; returns how many were accepted and the tokens emitted."""
@@ -295,7 +285,7 @@ class _Run:
         for reader in (self.target, self.drafter):
             reader.crop(min(reader.num_columns, valid))
         self.path = self.path + tokens
-        self.candidates, self.draft_laws, self.target_logits, self.ahead = [], [], [], None
+        self.candidates, self.draft_laws, self.target_logits = [], [], []
         self.verify_time += time.perf_counter() - start
         return num_accepted, tokens
 

@@ -2,20 +2,17 @@ r"""What a stopping rule sees of a running draft: one definition for our own loo
 
 A *sight* turns the features of the last candidate into an `Observation` and admits the rules that can live on it.
 
-* Features are those of a trace: `draft_prob`, `top_prob`, `entropy` of the warped law that the candidate was drawn from.
+* `draft_prob`, `top_prob`, `entropy` are those of a trace: of the warped law that the candidate was drawn from.
 * `head` is what an acceptance head makes of the draft's hidden states, through `score(hidden, features)`: [n, width]
   states and features [n] to probabilities [n]. A head with `lag` 0 reads the state that the candidate's law came from,
-  which is there as soon as it is drawn. One with `lag` 1, as published, reads the state *after* the candidate, which
-  the draft reaches a step later. A loop that can let the draft read that candidate before the rule is asked does so
-  (`reads_ahead`), and a stop wastes that step unless all are accepted. `specdecpp` as released leaves the last
-  candidate out of its product (its own `lag=1`), so it is shown the score of the one before, in time and for nothing.
+  there as soon as it is drawn. One with `lag` 1, as published, reads the state *after* the candidate, which the draft
+  reaches a step later: candidate k comes with the score of k - 1, the first with 1, as in replay.
 * `survival`, `next_accept_prob`, `regime` come from an *estimator* such as `mdp.fit.SignalModel`: `start() -> state`,
   `update(state, features) -> state`, `observation(state, num_candidates, features) -> Observation`.
-* `verify_time` and `step_time` come from a cost, where one is declared; `Outcome` then holds its times, else the clock's.
+* `verify_time` and `step_time` come from a declared cost; `Outcome` then holds its times, otherwise the clock's.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +21,6 @@ from torch import Tensor
 from mdp import entrants
 from mdp.cost import Cost
 from mdp.policy import Observation, Outcome, Policy, PolicySpec
-from mdp.rules.heads import SpecDecPP
 
 __all__ = ["LIVE", "SCORED", "Head", "Sight"]
 
@@ -50,7 +46,6 @@ class Sight:
         policy: the rule, refused if it or the estimator reads what is not shown.
         max_candidates: K.
         shown: names of the features that `update` will be given.
-        can_read_ahead: whether the loop can show the state after a candidate before the rule is asked.
         ways: for refusals: field -> what would show it.
 
     Raises:
@@ -66,7 +61,6 @@ class Sight:
         estimator: Any = None,
         head: Head | None = None,
         cost: Cost | None = None,
-        can_read_ahead: bool = True,
         ways: dict[str, str] | None = None,
     ):
         self.estimator, self.head, self.shown = estimator, head, tuple(shown)
@@ -75,22 +69,10 @@ class Sight:
             self.times = float(cost.draft_time), cost.verify_times(max_candidates), cost.round_times(max_candidates)
         (self.spec,) = entrants.read([policy])
         self.restart()
-        rule = self._admit(max_candidates, ways or {})
-        signal = getattr(estimator, "signal", None)
-        reads = entrants.needs(rule)
-        lagging = head is not None and head.lag > 0 and "head" in {*reads, signal}
-        self._late = lagging and isinstance(rule, SpecDecPP) and rule.lag == 1 and signal != "head"
-        if self._late:
-            rule = replace(rule, lag=0)  # type: ignore[type-var] - a SpecDecPP: it sees the score of the one before
-        elif lagging and not can_read_ahead:
-            raise ValueError(
-                f"policy {self.spec.text!r}: the head lags by one candidate, and transformers asks before the draft "
-                "has read the last one; use specdecpp with lag=1, or a head with lag 0"
-            )
-        self.rule: Policy = rule
-        self.reads_ahead = lagging and not self._late
-        self.reads_head = "head" in reads or signal == "head"
-        self.reads_features = bool(estimator or reads.intersection((*LIVE, *SCORED, "head")))
+        self.rule = self._admit(max_candidates, ways or {})
+        reads = {*entrants.needs(self.rule), getattr(estimator, "signal", None)}
+        self.reads_head = "head" in reads
+        self.reads_features = bool(estimator or reads.intersection(self.features))
 
     def restart(self) -> None:
         """Before the first candidate of a round."""
@@ -100,14 +82,9 @@ class Sight:
         self.state = self.estimator.start() if self.estimator else None
 
     def update(self, features: dict[str, float], hidden: Tensor | None = None) -> None:
-        """One more candidate, with its features.
-
-        Args:
-            hidden: [width], if the rule reads the head: the state that its law came from, or with `reads_ahead` the
-                one after it.
-        """
+        """One more candidate, with its features and, if the rule reads the head, the state [width] behind its law."""
         if self.reads_head and self.head is not None:
-            scored = self._before if self._late else features
+            scored = self._before if self.head.lag else features
             self._before = dict(features)
             features = features | {"head": 1.0 if scored is None else _score(self.head, hidden, scored)}
         self.features = features
@@ -151,7 +128,8 @@ class Sight:
             hint = f" ({ways[lacking[0]]})" if lacking[0] in ways else ""
             raise entrants.Lacking(spec.text, lacking[0], f"which this live run does not show{hint}")
         chain = getattr(self.estimator, "transition", None)
-        return entrants.fit_depth(spec.text, spec.policy, max_candidates, 1 if chain is None else len(chain))
+        rule = spec.policy if self.head is None else entrants.fit_lag(spec.policy, self.head.lag)
+        return entrants.fit_depth(spec.text, rule, max_candidates, 1 if chain is None else len(chain))
 
 
 def _score(head: Head, hidden: Tensor | None, features: dict[str, float]) -> float:

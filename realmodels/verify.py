@@ -1,10 +1,11 @@
 r"""The lossless accept/correct rule on next-token laws, and the features a stopping rule may see.
 
 Write $q$ and $p$ for the draft's and the target's laws of the next token, both warped alike (temperature, then
-top-k, then top-p). A candidate $y \sim q$ is accepted with probability $\min(1, p(y)/q(y))$; the first rejected one is replaced
-by a *correction* drawn from $(p - q)^+$ normalised; when all are accepted a *bonus* is drawn from $p$. The emitted
-token then has law $p$ (Leviathan et al. 2023; Chen et al. 2023), whatever rule decided how many candidates to draft,
-provided that each drafted candidate is submitted. The bonus is the correction at $q \equiv 0$, so there is one rule.
+top-k, then top-p). A candidate $y \sim q$ is accepted with probability $\min(1, p(y)/q(y))$; the first rejected one is
+replaced by a *correction* drawn from $(p - q)^+$ normalised; when all are accepted a *bonus* is drawn from $p$. The
+emitted token then has law $p$ (Leviathan et al. 2023; Chen et al. 2023), whatever rule decided how many candidates to
+draft, provided that each drafted candidate is submitted. The bonus is the correction at $q \equiv 0$, so there is one
+rule.
 
 `couple` reads the same joint law from the other side: given the target's token $x \sim p$ it draws $y$ with law $q$
 such that $y = x$ exactly when $y$ would be accepted (the maximal coupling; `mdp.trace` says what it is for).
@@ -79,7 +80,7 @@ def warp(logits: Tensor, temperature: float, top_k: int, top_p: float = 1.0) -> 
 
 def _nucleus(probs: Tensor, top_p: float) -> Tensor:
     """Probabilities with the least probable tokens of joint mass at most 1 - `top_p` set to 0, renormalised."""
-    ascending, order = probs.sort(-1, stable=True)
+    ascending, order = probs.sort(dim=-1, stable=True)
     kept = ascending.cumsum(-1) > 1.0 - top_p
     kept[..., -1] = True
     probs = probs * torch.zeros_like(kept).scatter(-1, order, kept)
