@@ -8,15 +8,16 @@ sees a candidate only after it is drafted and no drafted candidate is dropped.
 Ends: a drafted end-of-text token forces the stop; accepted, it ends the text and the token behind it is cut.
 Candidates are clamped to the positions left minus one. A forced stop is not asked for.
 
-What a rule reads comes from an *estimator*, such as `mdp.fit.SignalModel`: `start() -> state`,
-`update(state, features) -> state` and `observation(state, num_candidates, features) -> Observation`. Features are
-those of a trace. `token_accept_prob` needs the target's law while drafting: `score=True` runs the target on every
-drafted token, which is slow and serves validation only (a live run with a perfect acceptance head, to be compared
-with replay). The text is still lossless: the features come after the candidate is drafted, and it is submitted.
+What a rule reads is in `realmodels.sight`. `token_accept_prob` needs the target's law while drafting: `score=True`
+runs the target on every drafted token, which is slow and serves validation only (a live run with a perfect acceptance
+head, to be compared with replay). The text is still lossless: the features come after the candidate is drafted, and
+it is submitted.
+
+Times are wall-clock seconds of each round. A request's first round also reads its prompt, with both models.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,19 +26,19 @@ import torch
 from torch import Tensor
 
 from mdp import entrants
+from mdp.cost import Cost
 from mdp.fit import SignalModel
 from mdp.metrics import Tally
-from mdp.policy import Observation, Outcome, Policy, PolicySpec
+from mdp.policy import Policy, PolicySpec
 from realmodels.pair import ModelPair
 from realmodels.reader import Reader
 from realmodels.sampling import Sampling
+from realmodels.sight import LIVE, SCORED, Head, Sight
 from realmodels.streams import request_id, request_ids, stream
 from realmodels.verify import Law, acceptance, draft_features, draw, verify
+from simulate.replay import RoundLog
 
-__all__ = ["Decoded", "Round", "decode", "decode_all", "total"]
-
-_LIVE = ("draft_prob", "top_prob", "entropy")
-_SCORED = ("token_accept_prob", "step_accept_prob")
+__all__ = ["Decoded", "Round", "RoundTime", "decode", "decode_all", "decode_each", "round_log", "total"]
 
 
 class Round(NamedTuple):
@@ -49,6 +50,13 @@ class Round(NamedTuple):
     num_cut: int
 
 
+class RoundTime(NamedTuple):
+    """Seconds that one round spent in draft steps and in its target pass."""
+
+    draft: float
+    verify: float
+
+
 @dataclass(frozen=True)
 class Decoded:
     """A decoded continuation.
@@ -56,17 +64,26 @@ class Decoded:
     Attributes:
         tokens: what was emitted, an end-of-text token included.
         rounds: the counts of each round, in order.
-        draft_time, verify_time: seconds spent in draft steps and in target passes.
+        times: the seconds of each round.
         time: seconds of the whole loop.
         state: the rule's, at the end.
     """
 
     tokens: list[int]
     rounds: list[Round]
-    draft_time: float
-    verify_time: float
+    times: list[RoundTime]
     time: float
     state: Any = ()
+
+    @property
+    def draft_time(self) -> float:
+        """Seconds spent in draft steps."""
+        return sum(spent.draft for spent in self.times)
+
+    @property
+    def verify_time(self) -> float:
+        """Seconds spent in target passes."""
+        return sum(spent.verify for spent in self.times)
 
     @property
     def tally(self) -> Tally:
@@ -82,6 +99,17 @@ def total(runs: Sequence[Decoded]) -> Tally:
     return Tally(*(sum(getattr(tally, name) for tally in tallies) for name in names)).check_balance()
 
 
+def round_log(runs: Sequence[Decoded]) -> RoundLog:
+    """The rounds of several continuations as `simulate.replay.replay_rounds` gives them; request r is run r."""
+    rows = []
+    for request, run in enumerate(runs):
+        start = 0
+        for step in run.rounds:
+            rows.append((request, start, *step))
+            start += step.num_emitted
+    return RoundLog(*np.array(rows, dtype=np.int64).reshape(-1, 6).T)
+
+
 def decode_all(
     pair: ModelPair, prompts: Sequence[Sequence[int]], policy: str | Policy | PolicySpec, **options: Any
 ) -> list[Decoded]:
@@ -89,12 +117,19 @@ def decode_all(
 
     The state of a rule that persists goes from one prompt to the next.
     """
+    return list(decode_each(pair, prompts, policy, **options))
+
+
+def decode_each(
+    pair: ModelPair, prompts: Sequence[Sequence[int]], policy: str | Policy | PolicySpec, **options: Any
+) -> Iterator[Decoded]:
+    """As `decode_all`, one continuation after the other."""
     (spec,) = entrants.read([policy])
-    runs: list[Decoded] = []
+    state = None
     for prompt, request in zip(prompts, request_ids(prompts), strict=True):
-        state = runs[-1].state if runs and spec.policy is not None and spec.policy.persists else None
-        runs.append(decode(pair, prompt, spec, request=request, state=state, **options))
-    return runs
+        run = decode(pair, prompt, spec, request=request, state=state, **options)
+        state = run.state if spec.policy is not None and spec.policy.persists else None
+        yield run
 
 
 def decode(
@@ -106,8 +141,11 @@ def decode(
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_k: int = 50,
+    top_p: float = 1.0,
     seed: int = 0,
     estimator: Any = None,
+    head: Head | None = None,
+    cost: Cost | None = None,
     score: bool = False,
     request: str | None = None,
     state: Any = None,
@@ -117,6 +155,8 @@ def decode(
     Args:
         policy: a policy string or a rule; a bare `optimal` must have been solved by the caller.
         estimator: gives the rule its observation; None shows the features, and with `score` survival from them.
+        head: an acceptance head, for rules that read `head`.
+        cost: times that the rule is shown and told in place of the clock's, as in replay.
         score: run the target on every drafted token, for rules that read `token_accept_prob`.
         request: address of the draws (`realmodels.streams`); None names it after the prompt.
         state: the rule's, at the start; None is its own first one.
@@ -124,78 +164,39 @@ def decode(
     Raises:
         ValueError: one line, if a setting is out of range or the rule needs what a live run does not show.
     """
-    sampling = Sampling(max_candidates, max_new_tokens, temperature, top_k, seed)
+    sampling = Sampling(max_candidates, max_new_tokens, temperature, top_k, top_p=top_p, seed=seed)
     pair.check_prompts([prompt], sampling)
     if estimator is None and score:
         estimator = SignalModel()
-    sight = _Sight(estimator, (*_LIVE, *_SCORED) if score else _LIVE)
-    rule = sight.admit(entrants.read([policy])[0], max_candidates)
-    run = _Run(pair, sampling, list(prompt), stream(seed, request or request_id(prompt), "live"), score)
-    rounds, emitted = [], 0
-    state = rule.init() if state is None else state
+    shown = (*LIVE, *SCORED) if score else LIVE
+    ways = dict.fromkeys(SCORED, "score=True does")
+    sight = Sight(policy, max_candidates, shown=shown, estimator=estimator, head=head, cost=cost, ways=ways)
+    rule = sight.rule
+    draws = stream(seed, request or request_id(prompt), "live")
+    run = _Run(pair, sampling, list(prompt), draws, score, keeps_hidden=sight.reads_head)
+    rounds: list[Round] = []
+    times: list[RoundTime] = []
+    emitted, state = 0, rule.init() if state is None else state
     start = time.perf_counter()
     while emitted < max_new_tokens:
         sight.restart()
-        spent = run.draft_time, run.verify_time
-        most, drafted = min(max_candidates, max_new_tokens - emitted - 1), []
-        while len(drafted) < most and not (drafted and drafted[-1] in pair.end_token_ids):
-            state, stop = rule.stop(state, sight.observation(len(drafted)))
+        most = min(max_candidates, max_new_tokens - emitted - 1)
+        while (drafted := len(run.candidates)) < most and not (drafted and run.candidates[-1] in pair.end_token_ids):
+            if drafted and sight.reads_features:
+                sight.update(run.features(), run.hidden)
+            state, stop = rule.stop(state, sight.observation(drafted))
             if stop:
                 break
-            token, features = run.draft()
-            drafted.append(token)
-            sight.update(features)
+            run.draft()
         num_accepted, tokens = run.verify()
-        took = run.draft_time - spent[0], run.verify_time - spent[1]
-        state = rule.end_round(state, Outcome(len(drafted), num_accepted, *took))
+        times.append(run.take_times())
+        state = rule.end_round(state, sight.outcome(drafted, num_accepted, *times[-1]))
         emitted += len(tokens)
-        rounds.append(Round(len(drafted), num_accepted, len(tokens), num_accepted + 1 - len(tokens)))
+        rounds.append(Round(drafted, num_accepted, len(tokens), num_accepted + 1 - len(tokens)))
         if tokens[-1] in pair.end_token_ids:
             break
     seconds = time.perf_counter() - start
-    return Decoded(run.path[len(prompt) :], rounds, run.draft_time, run.verify_time, seconds, state)
-
-
-class _Sight:
-    """What the rule sees: the last candidate's features, through the estimator if there is one."""
-
-    def __init__(self, estimator: Any, names: Sequence[str]):
-        self.estimator, self.names = estimator, names
-        self.restart()
-
-    def restart(self) -> None:
-        self.features = dict.fromkeys(self.names, float("nan"))
-        self.state = self.estimator.start() if self.estimator else None
-
-    def update(self, features: dict[str, float]) -> None:
-        self.features = features
-        if self.estimator:
-            self.state = self.estimator.update(self.state, features)
-
-    def observation(self, num_candidates: int) -> Observation:
-        if self.estimator:
-            return self.estimator.observation(self.state, num_candidates, self.features)
-        return Observation(num_candidates, **{k: v for k, v in self.features.items() if k in Observation._fields})
-
-    def admit(self, spec: PolicySpec, max_candidates: int) -> Policy:
-        """The rule of `spec` at this depth, refused if it or the estimator reads what is not there."""
-        if spec.policy is None:
-            raise ValueError(f"policy {spec.text!r}: not solved; give the table of a solution, optimal:FILE")
-        if spec.fit:
-            raise ValueError(f"policy {spec.text!r}: not fitted; give the rule that simulate.replay.fitted makes of it")
-        signal = getattr(self.estimator, "signal", None)
-        if signal is not None and signal not in self.features:
-            lacking = [signal]
-        else:
-            first = self.observation(0)
-            lacking = sorted(name for name in entrants.needs(spec.policy) if getattr(first, name) is None)
-        if lacking:
-            ways = dict.fromkeys(_SCORED, "score=True does")
-            ways |= dict.fromkeys(("survival", "next_accept_prob", "regime"), "an estimator does")
-            hint = f" ({ways[lacking[0]]})" if lacking[0] in ways else ""
-            raise entrants.Lacking(spec.text, lacking[0], f"which this live run does not show{hint}")
-        chain = getattr(self.estimator, "transition", None)
-        return entrants.fit_depth(spec.text, spec.policy, max_candidates, 1 if chain is None else len(chain))
+    return Decoded(run.path[len(prompt) :], rounds, times, seconds, state)
 
 
 @dataclass
@@ -207,6 +208,7 @@ class _Run:
     path: list[int]
     rng: np.random.Generator
     score: bool
+    keeps_hidden: bool
     candidates: list[int] = field(default_factory=list)
     draft_laws: list[Law] = field(default_factory=list)
     target_logits: list[Tensor] = field(default_factory=list)
@@ -218,33 +220,51 @@ class _Run:
             Reader(model, 1, self.pair.vocab_size) for model in (self.pair.target, self.pair.draft)
         )
 
-    def _read(self, reader: Reader) -> Tensor:
+    def _read(self, reader: Reader, keep_hidden: bool = False) -> Tensor:
         """Bring a cache up to date; logits [n, vocabulary] after the last token of the path and each candidate."""
         text = self.path + self.candidates
         span = torch.arange(reader.num_columns, len(text))[None]
         keep = len(text) - max(reader.num_columns, len(self.path) - 1)
-        return reader.read(torch.tensor([text])[:, span[0]], span, keep=keep)[0]
+        return reader.read(torch.tensor([text])[:, span[0]], span, keep=keep, keep_hidden=keep_hidden)[0]
 
     def _uniforms(self, *shape: int) -> Tensor:
         return torch.from_numpy(self.rng.random(shape)).to(self.pair.target.device)
 
-    def draft(self) -> tuple[int, dict[str, float]]:
-        """Draw one more candidate; returns it with its features."""
+    def draft(self) -> None:
+        """Draw one more candidate."""
         start = time.perf_counter()
-        logits = self._read(self.drafter)[-1:]
-        law = self.sampling.law(logits)
-        token = draw(law, self._uniforms(1))
-        values = draft_features(self.sampling.feature_law(logits), token)
-        chosen = int(token)
+        self.logits = self._read(self.drafter, self.keeps_hidden)[-1:]
+        law = self.sampling.law(self.logits)
+        self.token = draw(law, self._uniforms(1))
+        chosen = int(self.token)
         self.draft_time += time.perf_counter() - start
         if self.score:
             start = time.perf_counter()
             self.target_logits.append(self._read(self.target))
-            values |= acceptance(self.sampling.law(self.target_logits[-1][-1:]), law, token)
             self.verify_time += time.perf_counter() - start
         self.candidates.append(chosen)
         self.draft_laws.append(law)
-        return chosen, {name: float(value) for name, value in values.items()}
+
+    def features(self) -> dict[str, float]:
+        """Of the last candidate."""
+        start = time.perf_counter()
+        law = self.draft_laws[-1]
+        # Unless decoding is greedy, the law that features are taken from is the one that was drawn from.
+        shown_law = law if self.sampling.temperature else self.sampling.feature_law(self.logits)
+        values = draft_features(shown_law, self.token)
+        shown = {name: float(value) for name, value in values.items()}
+        self.draft_time += time.perf_counter() - start
+        if self.score:
+            start = time.perf_counter()
+            values = acceptance(self.sampling.law(self.target_logits[-1][-1:]), law, self.token)
+            shown |= {name: float(value) for name, value in values.items()}
+            self.verify_time += time.perf_counter() - start
+        return shown
+
+    @property
+    def hidden(self) -> Tensor | None:
+        """The draft's hidden state [width] that the last candidate's law came from, if it is kept."""
+        return None if self.drafter.hidden is None else self.drafter.hidden[0, -1]
 
     def verify(self) -> tuple[int, list[int]]:
         """Submit all candidates; returns how many were accepted and the tokens emitted."""
@@ -268,6 +288,12 @@ class _Run:
         self.candidates, self.draft_laws, self.target_logits = [], [], []
         self.verify_time += time.perf_counter() - start
         return num_accepted, tokens
+
+    def take_times(self) -> RoundTime:
+        """What was spent since the last call."""
+        spent = RoundTime(self.draft_time, self.verify_time)
+        self.draft_time = self.verify_time = 0.0
+        return spent
 
 
 def _stack(laws: list[Law]) -> Law:

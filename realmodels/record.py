@@ -43,6 +43,7 @@ def record(
     max_new_tokens: int = 128,
     temperature: float = 1.0,
     top_k: int = 50,
+    top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 16,
     shard_size: int = 64,
@@ -66,7 +67,7 @@ def record(
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
     """
-    sampling = Sampling(max_candidates, max_new_tokens, temperature, top_k, seed)
+    sampling = Sampling(max_candidates, max_new_tokens, temperature, top_k, top_p=top_p, seed=seed)
     contents = Contents(store_tokens, store_top if store_tokens else 0, store_hidden and store_tokens)
     _check_sizes(batch_size=batch_size, shard_size=shard_size, store_top=store_top, timing_repeats=timing_repeats)
     pair.check_prompts(prompts, sampling)

@@ -1,7 +1,7 @@
 """How a pair is sampled: the settings that recording and live decoding share, checked in one place."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ class Sampling:
         max_new_tokens: maximum length of a continuation. Candidates are clamped to the positions left minus one.
         temperature: 0 is greedy decoding.
         top_k: tokens kept after the temperature; 0 keeps all.
+        top_p: mass kept after that; 1 keeps all.
         seed: of all draws.
     """
 
@@ -26,6 +27,8 @@ class Sampling:
     max_new_tokens: int = 128
     temperature: float = 1.0
     top_k: int = 50
+    _: KW_ONLY
+    top_p: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -39,14 +42,19 @@ class Sampling:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
                 raise ValueError(f"{name} must be a whole number in {low}..{high}, got {value!r}")
         value = self.temperature
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not (value == 0 or 1e-3 <= value <= 1e3):
+        if not _finite(value) or not (value == 0 or 1e-3 <= value <= 1e3):
             raise ValueError(f"temperature must be 0 or a number in [0.001, 1000], got {value!r}")
+        if not _finite(self.top_p) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be a number in (0, 1], got {self.top_p!r}")
 
     def law(self, logits: Tensor) -> Law:
         """The law that is sampled from."""
-        return warp(logits, self.temperature, self.top_k)
+        return warp(logits, self.temperature, self.top_k, self.top_p)
 
     def feature_law(self, logits: Tensor) -> Law:
         """The law that a stopping rule's features are taken from."""
-        return feature_law(logits, self.temperature, self.top_k)
+        return feature_law(logits, self.temperature, self.top_k, self.top_p)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,10 +1,11 @@
 r"""The lossless accept/correct rule on next-token laws, and the features a stopping rule may see.
 
 Write $q$ and $p$ for the draft's and the target's laws of the next token, both warped alike (temperature, then
-top-k). A candidate $y \sim q$ is accepted with probability $\min(1, p(y)/q(y))$; the first rejected one is replaced
-by a *correction* drawn from $(p - q)^+$ normalised; when all are accepted a *bonus* is drawn from $p$. The emitted
-token then has law $p$ (Leviathan et al. 2023; Chen et al. 2023), whatever rule decided how many candidates to draft,
-provided that each drafted candidate is submitted. The bonus is the correction at $q \equiv 0$, so there is one rule.
+top-k, then top-p). A candidate $y \sim q$ is accepted with probability $\min(1, p(y)/q(y))$; the first rejected one is
+replaced by a *correction* drawn from $(p - q)^+$ normalised; when all are accepted a *bonus* is drawn from $p$. The
+emitted token then has law $p$ (Leviathan et al. 2023; Chen et al. 2023), whatever rule decided how many candidates to
+draft, provided that each drafted candidate is submitted. The bonus is the correction at $q \equiv 0$, so there is one
+rule.
 
 `couple` reads the same joint law from the other side: given the target's token $x \sim p$ it draws $y$ with law $q$
 such that $y = x$ exactly when $y$ would be accepted (the maximal coupling; `mdp.trace` says what it is for).
@@ -56,25 +57,40 @@ class Law(NamedTuple):
         return Law(self.probs[index], None if self.ids is None else self.ids[index])
 
 
-def warp(logits: Tensor, temperature: float, top_k: int) -> Law:
-    """The law that decoding samples from: temperature first, then the `top_k` most probable tokens.
+def warp(logits: Tensor, temperature: float, top_k: int, top_p: float = 1.0) -> Law:
+    r"""The law that decoding samples from: temperature, then the `top_k` most probable tokens, then `top_p`.
 
-    Temperature 0 is greedy decoding, a point mass on the largest logit; `top_k` 0 keeps every token.
+    Of what top-k leaves, renormalised, top-p keeps the tokens that fewer than `top_p` of the mass are more probable
+    than: the smallest set of mass `top_p`, one token at least. Order and meaning are transformers'. Temperature 0 is
+    greedy decoding, a point mass on the largest logit; `top_k` 0 and `top_p` 1 keep every token. What top-p removes
+    stays on the support with probability 0. Of equal logits at either boundary, which are kept is arbitrary.
     """
     if temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return Law(torch.ones(best.shape, dtype=torch.float64, device=logits.device), best)
-    if not 0 < top_k < logits.shape[-1]:
-        return Law(torch.softmax(logits.double() / temperature, -1))
-    # The order of equal logits is arbitrary; ascending ids make the inverse-CDF draw the same however ranked.
-    ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
-    return Law(torch.softmax(logits.gather(-1, ids).double() / temperature, -1), ids)
+    if 0 < top_k < logits.shape[-1]:
+        # The order of equal logits is arbitrary; ascending ids make the inverse-CDF draw the same however ranked.
+        ids = logits.topk(top_k, sorted=False).indices.sort(-1).values
+        logits = logits.gather(-1, ids)
+    else:
+        ids = None
+    probs = torch.softmax(logits.double() / temperature, -1)
+    return Law(probs if top_p >= 1 else _nucleus(probs, top_p), ids)
 
 
-def feature_law(logits: Tensor, temperature: float, top_k: int) -> Law:
+def _nucleus(probs: Tensor, top_p: float) -> Tensor:
+    """Probabilities with the least probable tokens of joint mass at most 1 - `top_p` set to 0, renormalised."""
+    ascending, order = probs.sort(dim=-1, stable=True)
+    kept = ascending.cumsum(-1) > 1.0 - top_p
+    kept[..., -1] = True
+    probs = probs * torch.zeros_like(kept).scatter(-1, order, kept)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def feature_law(logits: Tensor, temperature: float, top_k: int, top_p: float = 1.0) -> Law:
     """The law whose probabilities and entropy serve as features: the warped one, or if decoding is greedy, where
-    that is a point mass and says nothing, the law at temperature 1 under the same top-k."""
-    return warp(logits, temperature or 1.0, top_k)
+    that is a point mass and says nothing, the law at temperature 1 under the same top-k and top-p."""
+    return warp(logits, temperature or 1.0, top_k, top_p)
 
 
 def draw(law: Law, uniform: Tensor) -> Tensor:

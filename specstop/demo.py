@@ -229,8 +229,10 @@ def _check_ready(settings: Settings, folder: Path) -> None:
     manifest = load(folder).manifest
     specs = {role: about.get("spec") for role, about in manifest["models"].items()}
     sampling = {"max_candidates": MAX_CANDIDATES, "max_new_tokens": settings.max_new_tokens,
-                "temperature": settings.temperature, "top_k": settings.top_k, "seed": settings.seed}  # fmt: skip
-    same = specs == {"target": settings.target, "draft": settings.draft} and manifest["sampling"] == sampling
+                "temperature": settings.temperature, "top_k": settings.top_k, "top_p": 1.0,
+                "seed": settings.seed}  # fmt: skip
+    recorded = {"top_p": 1.0} | manifest["sampling"]  # traces of before top-p was a setting keep all
+    same = specs == {"target": settings.target, "draft": settings.draft} and recorded == sampling
     if not same or len(manifest["request_ids"]) != settings.num_prompts or "measured" not in manifest:
         raise ValueError(_other(folder))
 

@@ -9,17 +9,12 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
 from specstop.output import emit, json_line, key_values, policy_table, schema_text, solution_text, table
 from specstop.traces import load_trace
-
-if TYPE_CHECKING:
-    from mdp.fit import SignalModel
-    from mdp.policy import PolicySpec
-    from mdp.trace import Trace
 
 __all__ = [
     "audit", "check", "decode", "demo", "evaluate", "import_", "policies", "record", "replay", "schema", "simulate",
@@ -29,11 +24,6 @@ __all__ = [
 DONE, NOT_CONVERGED = 0, 3
 MOST_WORK = 10**8  # about half a second
 NO_LIMIT = 2**31  # tokens, where texts end by chance alone
-
-DECODE_COLUMNS = (
-    "num_emitted", "num_drafted", "num_discarded", "num_cut", "num_target_calls", "block_efficiency",
-    "verification_rate", "discard_rate", "throughput",
-)  # fmt: skip
 
 
 def solve(args: Namespace) -> int:
@@ -268,73 +258,10 @@ def _sampling(args: Namespace) -> dict[str, Any]:
 
 
 def decode(args: Namespace) -> int:
-    """Decode one prompt with a real pair under a policy."""
-    (spec,) = inputs.read_policies([args.policy])
-    if spec.policy is None:
-        raise ValueError(f"policy {spec.text!r}: a live run loads a saved table, optimal:FILE")
-    signal = _live_signal(spec, args.trace)
-    trace = None if args.trace is None else load_trace(args.trace)
-    estimator = None if trace is None or signal is None else _estimator(trace, signal)
-    if spec.fit:
-        if trace is None:
-            raise ValueError(f"policy {spec.text!r}: fit=1 is fitted to a trace; give --trace")
-        from simulate.replay import fitted
+    """Continue prompts with a real pair under a policy."""
+    from specstop.decoding import decode
 
-        spec = replace(spec, policy=fitted(trace, spec), fit=False)
-
-    from realmodels.decode import decode
-    from realmodels.pair import load_pair
-    from realmodels.prompts import tokenise
-
-    sampling = _sampling(args)
-    pair = load_pair(args.target, args.draft)
-    if trace is not None:
-        pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
-    if pair.tokenizer is None:
-        raise ValueError("--prompt: this pair has no tokenizer, it cannot read text")
-    (prompt,) = tokenise([("--prompt", {"prompt": args.prompt})], pair)
-    # the true acceptance probability is known only where the target scores what was drafted
-    score = args.score or signal == "token_accept_prob"
-    run = decode(pair, prompt, spec, **sampling, estimator=estimator, score=score)
-    tally = run.tally
-    result = {
-        "policy": spec.text,
-        "signal": signal,
-        "text": pair.tokenizer.decode(run.tokens, skip_special_tokens=True),
-        "tokens": run.tokens,
-        **{name: getattr(tally, name) for name in DECODE_COLUMNS},
-        "draft_time": run.draft_time,
-        "verify_time": run.verify_time,
-        "seconds": run.time,
-    }
-    if args.json:
-        emit(json_line(result))
-    else:
-        emit(result.pop("text") + "\n\n" + key_values({k: v for k, v in result.items() if k != "tokens"}))
-    return DONE
-
-
-def _live_signal(spec: "PolicySpec", trace: str | None) -> str | None:
-    """The signal that a live run makes the rule's survival from; None if it reads none."""
-    from mdp.entrants import needs
-    from mdp.fit import PERFECT
-    from simulate.replay import SIGNAL_FIELDS
-
-    wanted = needs(spec.policy) & SIGNAL_FIELDS if spec.policy else frozenset()
-    if not wanted:
-        return None
-    signal = spec.signal or PERFECT
-    if trace is None and signal != PERFECT:
-        raise ValueError(f"policy {spec.text!r}: signal={signal} is calibrated on a trace; give --trace")
-    if trace is None and (fitted := sorted(wanted - {"survival"})):
-        raise ValueError(f"policy {spec.text!r} needs {fitted[0]}, which is fitted to a trace; give --trace")
-    return signal
-
-
-def _estimator(trace: "Trace", signal: str) -> "SignalModel":
-    from mdp.fit import fit_signal, split_requests
-
-    return fit_signal(trace, signal, split_requests(trace)[0])
+    return decode(args)
 
 
 def demo(args: Namespace) -> int:

@@ -1,6 +1,8 @@
 """`specstop decode`: a prompt continued by a real pair, with what its rule reads calibrated on a trace."""
 
 import json
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -80,6 +82,68 @@ def test_decode_says_what_a_rule_lacks_in_the_commands_own_words(capsys, speakin
     argv = ["decode", "--target", speaking_tiny, "--draft", "rtn", "--policy", policy, *DECODE]
     assert main([*map(str, argv)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_decode_of_many_prompts_says_what_happened_round_by_round(lines, text, trace, tmp_path):
+    """The live log is that of the function, and a greedy one that of replay."""
+    from mdp.trace import load
+    from realmodels.decode import decode_all
+    from realmodels.pair import load_pair
+
+    file = tmp_path / "prompts.jsonl"
+    prompts = [[2 + r, 5, 9] for r in range(4)]
+    file.write_text("".join(json.dumps({"tokens": prompt}) + "\n" for prompt in prompts))
+    pair = ["--target", "tiny", "--draft", "tiny:1", "--prompts", file, "--limit", 3]
+    sizes = ["--max-new-tokens", 8, "--max-candidates", 4, "--top-k", 6, "--top-p", 0.8, "--seed", 3]
+    answers = lines("decode", *pair, *sizes, "--policy", "svip", "--rounds")
+    settings = {"max_new_tokens": 8, "max_candidates": 4, "top_k": 6, "top_p": 0.8, "seed": 3}
+    runs = decode_all(load_pair("tiny", "tiny:1"), prompts[:3], "svip", **settings)
+    assert [answer["tokens"] for answer in answers] == [run.tokens for run in runs]
+    for request, (answer, run) in enumerate(zip(answers, runs, strict=True)):
+        counts = [tuple(step[name] for name in step if name.startswith("num_")) for step in answer["rounds"]]
+        assert counts == run.rounds and answer["request"] == request and answer["text"] is None
+        assert sum(step["verify_time"] for step in answer["rounds"]) == pytest.approx(answer["verify_time"])
+    shown = text("decode", *pair, *sizes, "--policy", "svip")
+    assert shown.count("\n") == 5 and "all" in shown
+    assert "rounds" not in lines("decode", *pair, *sizes, "--policy", "fixed:1")[0]
+    # whatever a trace can fit, solve or calibrate runs live
+    depth = ["--max-new-tokens", 8, "--max-candidates", 4, "--trace", trace]
+    measured = load(trace).manifest["measured"]
+    assert len(measured["verify_time"]) == 7
+    for policy in ("selftuned:signal=entropy", "disco:fit=1", "lookahead:0.4,signal=draft_prob"):
+        assert all(answer["num_emitted"] > 0 for answer in lines("decode", *pair, *depth, "--policy", policy))
+    told = lines("decode", *pair, *depth, "--policy", "selftuned:signal=entropy", "--cost", 0.2)
+    assert {answer["signal"] for answer in told} == {"entropy"}
+
+
+def test_decode_solves_for_a_trace(lines, trace, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"tokens": [2, 5, 9]}\n')
+    pair = ["--target", "tiny", "--draft", "tiny:1", "--prompts", tmp_path / "prompts.jsonl", "--trace", trace]
+    (answer,) = lines("decode", *pair, "--policy", "optimal:signal=entropy", "--max-candidates", 4, "--cost", 0.2,
+                      "--max-new-tokens", 8)  # fmt: skip
+    assert answer["signal"] == "entropy" and answer["num_drafted"] > 0
+
+
+def test_decode_takes_a_head(lines, monkeypatch, tmp_path):
+    """A stand-in for `realmodels.head`, whose own tests are elsewhere."""
+    torch = pytest.importorskip("torch")
+
+    class Head:
+        lag = 1
+
+        def score(self, hidden, features):
+            return torch.sigmoid(hidden[:, 0] - features["entropy"])
+
+    stub = ModuleType("realmodels.head")
+    stub.load_head, stub.apply_head = {"folder": Head()}.__getitem__, lambda head, trace: trace
+    monkeypatch.setitem(sys.modules, "realmodels.head", stub)
+    (tmp_path / "prompts.jsonl").write_text('{"tokens": [2, 5, 9]}\n')
+    pair = ["--target", "tiny", "--draft", "tiny:1", "--prompts", tmp_path / "prompts.jsonl", "--head", "folder"]
+    kept, dropped = (
+        lines("decode", *pair, "--policy", f"specdecpp:least=1,threshold={threshold}", "--max-new-tokens", 8)[0]
+        for threshold in (0, 1)
+    )
+    assert kept["num_drafted"] / kept["num_target_calls"] < dropped["num_drafted"] / dropped["num_target_calls"]
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,14 @@ def test_manifest_and_optional_arrays(pair, tmp_path):
     np.testing.assert_array_equal(private.accepted, trace.accepted)
 
 
+def test_top_p_is_part_of_what_is_recorded(pair, tmp_path):
+    """On both sides, and in the manifest: with next to nothing kept both models are as if greedy."""
+    trace = record(pair, make_prompts(4), tmp_path, **SETTINGS, top_p=1e-6)
+    assert trace.manifest["sampling"]["top_p"] == 1e-6
+    np.testing.assert_array_equal(trace.features["token_accept_prob"], trace.accepted)
+    np.testing.assert_allclose(trace.features["draft_prob"], 1.0)
+
+
 def test_whole_vocabulary_without_top_k(pair, tmp_path):
     trace = record(pair, make_prompts(3), tmp_path, **{**SETTINGS, "top_k": 0})
     assert trace.optional["draft_top_ids"].shape[1] == 24

@@ -3,7 +3,7 @@
 Live decoding and the recording share no draws at temperature 1: they are two samples of one law.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
@@ -16,16 +16,17 @@ from mdp.fit import SignalModel, fit_signal, split_requests  # noqa: E402
 from mdp.policy import (  # noqa: E402
     FixedLength,
     LookaheadThreshold,
+    Observation,
     Oracle,
+    Outcome,
     Policy,
     PolicySpec,
     RejectionThreshold,
     ThresholdTable,
 )
-from realmodels.decode import _Run, decode, decode_all, total  # noqa: E402
+from realmodels.decode import _Run, decode, decode_all, round_log, total  # noqa: E402
 from realmodels.pair import ModelPair, load_pair  # noqa: E402
 from realmodels.record import record  # noqa: E402
-from realmodels.sampling import Sampling  # noqa: E402
 from realmodels.verify import Law, verify  # noqa: E402
 from simulate.replay import replay_rounds  # noqa: E402
 from tests.test_real_verify import assert_two_token_law  # noqa: E402
@@ -99,7 +100,7 @@ def played(trace, policy, request):
         failed, drafted, accepted, survival, ended = None, 0, 0, 1.0, False
         features = {"draft_prob": np.nan, "token_accept_prob": np.nan}
         while drafted < most and not ended:
-            seen = realmodels.decode.Observation(drafted, survival=survival, **features)
+            seen = Observation(drafted, survival=survival, **features)
             state, stop = policy.stop(state, seen)
             if stop:
                 break
@@ -115,7 +116,7 @@ def played(trace, policy, request):
             drafted += 1
         cut = int(failed is None and ended)
         rounds.append((drafted, accepted, accepted + 1 - cut, cut))
-        state = policy.end_round(state, realmodels.decode.Outcome(drafted, accepted))
+        state = policy.end_round(state, Outcome(drafted, accepted))
         start += rounds[-1][2]
     return rounds
 
@@ -130,6 +131,19 @@ def test_greedy_live_run_equals_replay_round_by_round(pair, greedy, name):
         first, last = trace.offsets[r : r + 2]
         assert run.tokens == trace.optional["token"][first:last].tolist()
         assert run.rounds == rounds_of(log, r) == played(trace, policy, r), f"request {r}"
+
+
+def test_the_live_log_is_that_of_replay_with_times(pair, greedy):
+    prompts, trace = greedy
+    runs = decode_all(pair, prompts, FixedLength(3), **SETTINGS, temperature=0)
+    mine, theirs = round_log(runs), replay_rounds(trace, FixedLength(3))
+    for column in fields(mine):
+        np.testing.assert_array_equal(getattr(mine, column.name), getattr(theirs, column.name))
+    for run in runs:
+        assert len(run.times) == len(run.rounds)
+        for step, spent in zip(run.rounds, run.times, strict=True):
+            assert spent.verify > 0 and (spent.draft > 0) == (step.num_drafted > 0)
+        assert run.draft_time + run.verify_time <= run.time
 
 
 def test_the_greedy_prompts_meet_all_ends(pair, greedy):
@@ -216,13 +230,17 @@ def test_a_table_over_regimes_is_played_alike(pair, greedy, sampled):
     assert len({round.num_drafted for run in runs for round in run.rounds}) > 2
 
 
-def two_token_law(pair, prompt, top_k):
+def two_token_law(pair, prompt, top_k, temperature=1.0, top_p=1.0):
+    """The target's law of the next two tokens, written apart from the product's warping."""
+
     def law(tokens):
         with torch.inference_mode():
             logits = pair.target(torch.tensor([tokens])).logits[0, -1].double().numpy()
-        out = np.zeros(len(logits))
-        kept = np.argsort(logits)[-top_k:]
-        out[kept] = np.exp(logits[kept] - logits[kept].max())
+        out = np.exp((logits - logits.max()) / temperature)
+        ranked = np.argsort(logits)[::-1]
+        out[ranked[top_k:]] = 0
+        before = np.cumsum(out[ranked]) - out[ranked]  # the mass of all that is more probable
+        out[ranked[before >= top_p * out.sum()]] = 0
         return out / out.sum()
 
     size = pair.vocab_size
@@ -230,8 +248,8 @@ def two_token_law(pair, prompt, top_k):
     return first, np.array([law([*prompt, t]) if first[t] > 0 else np.full(size, 1 / size) for t in range(size)])
 
 
-def live_samples(pair, prompt, policy, count):
-    options = {"max_candidates": 3, "max_new_tokens": 3, "top_k": 4}
+def live_samples(pair, prompt, policy, count, **options):
+    options = {"max_candidates": 3, "max_new_tokens": 3, "top_k": 4} | options
     runs = decode_all(pair, [prompt] * count, policy, **options)
     return np.array([run.tokens[:2] for run in runs])
 
@@ -258,20 +276,25 @@ def bonus_from_q(monkeypatch):
 
 
 def q_not_warped(monkeypatch):
-    honest, feature_law, seen = _Run.draft, Sampling.feature_law, []
-
-    def watch(self, logits):
-        seen.append(logits)
-        return feature_law(self, logits)
+    honest = _Run.draft
 
     def wrong(self):
-        answer = honest(self)
-        everything = torch.arange(seen[-1].shape[-1])[None]
-        self.draft_laws[-1] = Law(torch.softmax(seen[-1].double(), -1), everything)
-        return answer
+        honest(self)
+        everything = torch.arange(self.logits.shape[-1])[None]
+        self.draft_laws[-1] = Law(torch.softmax(self.logits.double(), -1), everything)
 
-    monkeypatch.setattr(Sampling, "feature_law", watch)
     monkeypatch.setattr(_Run, "draft", wrong)
+
+
+def target_not_warped(monkeypatch):
+    """Only the target's side forgets top-p: tokens that must not come do come."""
+    honest = _Run.verify
+
+    def wrong(self):
+        self.sampling = replace(self.sampling, top_p=1.0)
+        return honest(self)
+
+    monkeypatch.setattr(_Run, "verify", wrong)
 
 
 LIVE_BUGS = (correction_from_p, bonus_from_q, q_not_warped)
@@ -298,6 +321,26 @@ def test_the_check_of_the_live_law_catches_a_bug(endless, monkeypatch):
     correction_from_p(monkeypatch)
     with pytest.raises(AssertionError, match="emitted"):
         check_live_law(endless, FixedLength(1), 1000)
+
+
+WARPED = {"temperature": 0.7, "top_k": 6, "top_p": 0.8}
+
+
+def check_warped_law(pair, count):
+    prompt = [8, 4, 17]
+    first, second = two_token_law(pair, prompt, **WARPED)
+    assert 1 < (first > 0).sum() < WARPED["top_k"], "top-p removes nothing here"
+    assert_two_token_law(live_samples(pair, prompt, MinimumProb(0.5), count, **WARPED), first, second)
+
+
+def test_live_text_has_the_law_of_temperature_top_k_and_top_p(endless):
+    check_warped_law(endless, 500)
+
+
+def test_a_token_of_probability_zero_is_caught(endless, monkeypatch):
+    target_not_warped(monkeypatch)
+    with pytest.raises(AssertionError, match="a token of probability 0 was emitted"):
+        check_warped_law(endless, 120)
 
 
 @pytest.mark.slow
@@ -332,6 +375,7 @@ def test_draws_are_addressed_by_request(pair):
         ("optimal", {"score": True}, "policy 'optimal': not solved"),
         ("fixed:6", {}, r"policy 'fixed:6': length must be in 0\.\.5"),
         (FixedLength(1), {"temperature": "hot"}, "temperature must be"),
+        (FixedLength(1), {"top_p": 0}, "top_p must be"),
         (FixedLength(1), {"max_new_tokens": 507}, "the longest needs 513 positions, the models have 512"),
     ],
 )

@@ -203,6 +203,43 @@ def test_warp():
     torch.testing.assert_close(shown.probs, torch.softmax(logits[:, 1:3].double(), -1))
 
 
+@pytest.mark.parametrize("top_k", [0, 1, 7, 40])
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-3])
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_warp_is_that_of_transformers(temperature, top_k, top_p):
+    """Its own warpers, in the order in which `generate` applies them."""
+    transformers = pytest.importorskip("transformers")
+    logits = torch.tensor(np.random.default_rng(5).normal(0, 2, (64, 40)))
+    scores = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    scores = transformers.TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    scores = transformers.TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    law = warp(logits, temperature, top_k, top_p)
+    mine = law.probs if law.ids is None else torch.zeros_like(logits).scatter(-1, law.ids, law.probs)
+    torch.testing.assert_close(mine, torch.softmax(scores, -1), atol=1e-12, rtol=0)
+    if top_p == 0.5 and top_k != 1:
+        counts = (mine > 0).sum(-1)
+        assert counts.min() >= 1 and counts.max() > counts.min()
+
+
+def test_top_p_keeps_the_smallest_set_of_that_mass():
+    logits = torch.log(torch.tensor([[0.1, 0.5, 0.15, 0.25]]))
+    assert warp(logits, 1.0, 0, 0.8).probs.tolist()[0] == pytest.approx([0.0, 5 / 9, 1 / 6, 5 / 18], abs=1e-6)
+    assert warp(logits, 1.0, 0, 0.7).probs.tolist()[0] == pytest.approx([0.0, 2 / 3, 0.0, 1 / 3], abs=1e-6)
+    assert warp(logits, 1.0, 2, 0.6).probs.tolist()[0] == pytest.approx([1.0, 0.0])  # of what top-k left
+    assert warp(logits, 0.0, 0, 0.5).probs.tolist() == [[1.0]]
+    assert feature_law(logits, 0.0, 0, 0.7).probs.tolist()[0] == pytest.approx([0.0, 2 / 3, 0.0, 1 / 3], abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1.5, -0.1, float("nan"), True, "all", None])
+def test_top_p_out_of_range_is_refused(value):
+    from realmodels.sampling import Sampling
+
+    with pytest.raises(ValueError, match=r"top_p must be a number in \(0, 1\], got"):
+        Sampling(top_p=value)
+    with pytest.raises(TypeError):
+        Sampling(12, 128, 1.0, 50, 0)  # what stands behind top_k is given by name
+
+
 def test_draw_never_gives_a_token_of_probability_zero():
     law = Law(torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64).expand(4, V))
     u = torch.tensor([0.0, 0.2999, 0.3, 1 - 2**-53], dtype=torch.float64)
