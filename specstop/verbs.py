@@ -7,8 +7,7 @@ pay for it.
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from mdp.trace import Trace
 
 __all__ = [
-    "audit", "check", "decode", "demo", "evaluate", "import_", "policies", "record", "replay", "schema", "simulate",
+    "audit", "check", "decode", "demo", "evaluate", "import_", "merge", "policies", "record", "replay", "schema", "simulate",
     "solve", "study", "sweep", "validate",
 ]  # fmt: skip
 
@@ -219,36 +218,16 @@ def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str
 
 def record(args: Namespace) -> int:
     """Run a real pair over prompts and write the trace."""
-    from realmodels.pair import load_pair
-    from realmodels.prompts import read_prompts, tokenise
-    from realmodels.record import check_folder, record
+    from specstop.recording import record
 
-    start = time.perf_counter()
-    # Loading the models takes longest by far: what can be refused without them is refused first.
-    sampling = _sampling(args)
-    check_folder(Path(args.out))
-    prompts = read_prompts(args.prompts, args.limit)
-    pair = load_pair(args.target, args.draft)
-    trace = record(pair, tokenise(prompts, pair), args.out, **sampling, store_tokens=not args.no_tokens)
-    measured = trace.manifest.get("measured") or {}
-    result = {
-        "trace": args.out,
-        "num_requests": trace.num_requests,
-        "num_positions": trace.num_positions,
-        "mean_acceptance": trace.manifest.get("mean_acceptance"),
-        "draft_time": measured.get("draft_time"),
-        "verify_time": measured.get("verify_time"),
-        "seconds": time.perf_counter() - start,
-    }
-    emit(json_line(result) if args.json else key_values(result))
-    return DONE
+    return record(args)
 
 
-def _sampling(args: Namespace) -> dict[str, Any]:
-    """What was typed of `realmodels.sampling.Sampling`, checked."""
-    from realmodels.sampling import Sampling
+def merge(args: Namespace) -> int:
+    """Join the parts of a recording."""
+    from specstop.recording import merge
 
-    return asdict(Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__}))
+    return merge(args)
 
 
 def decode(args: Namespace) -> int:
@@ -270,7 +249,9 @@ def decode(args: Namespace) -> int:
     from realmodels.pair import load_pair
     from realmodels.prompts import tokenise
 
-    sampling = _sampling(args)
+    from specstop.recording import sampling as typed
+
+    sampling = typed(args)
     pair = load_pair(args.target, args.draft)
     if trace is not None:
         pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
