@@ -7,7 +7,6 @@ written is masked but still multiplied by a weight of zero.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer

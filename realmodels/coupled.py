@@ -42,8 +42,8 @@ CHUNK = 16
 LOGITS = 2**24
 """Most logits that are held at a time (64 MB in float32), unless a single step of the batch has more."""
 
-PROMPT_TOKENS = 4096
-"""Most prompt tokens that are read at a time."""
+PROMPT_TOKENS = 512
+"""About how many prompt tokens are read at a time."""
 
 Columns = dict[str, np.ndarray]
 
@@ -120,7 +120,7 @@ class _Batch:
         self.pair, self.prompts, self.ids, self.sampling, self.contents = pair, prompts, ids, sampling, contents
         self.seconds = seconds
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
-        self.order = torch.arange(len(prompts))
+        self.order = self.lengths.argsort(descending=True, stable=True)
         self.target, self.draft = (
             _Rows(Reader(model, len(prompts), pair.vocab_size), len(prompts)) for model in (pair.target, pair.draft)
         )
@@ -143,16 +143,22 @@ class _Batch:
 
     def _read_prompts(self) -> tuple[Law, list[Any]]:
         """Both models' laws after the prompts."""
-        tokens, position, owner = _left_padded(self.prompts)
-        rows, width = slice(0, len(tokens)), tokens.shape[1]
-        span = max(1, PROMPT_TOKENS // len(tokens))
-        p, carried = None, []
-        for parts in (slice(start, start + span) for start in range(0, width, span)):
-            read = tokens[:, parts], position[:, parts], owner[:, parts]
+        tokens, position, owner = (part[self.order] for part in _left_padded(self.prompts))
+        width, lengths = tokens.shape[1], self.lengths[self.order]
+        p, carried, start = None, [], 0
+        while start < width:
+            # The longest prompts come first and stand alone to the left, where the others are nothing but padding.
+            reach = int((lengths >= width - start).sum())
+            stop = min(start + max(1, PROMPT_TOKENS // reach), width)
+            rows = slice(0, int((lengths > width - stop).sum()))
+            read = tuple(part[rows, start:stop] for part in (tokens, position, owner))
             logits = self.target.read(rows, *read, keep=1)
-            if parts.stop >= width:
+            if stop == width:
                 p = _law(self.sampling, logits[:, -1])
-            carried = self._draft_laws(rows, *read, keep=1)
+                carried = self._draft_laws(rows, *read, keep=1)
+            else:
+                self.draft.read(rows, *read, keep=1)
+            start = stop
         assert p is not None
         return p, carried
 

@@ -11,6 +11,9 @@ copying the path's cache once per rollout. That needs attention which sees all c
 recurrent layers are refused. Masks and positions are given explicitly, which makes left padding harmless.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,15 +89,16 @@ class Reader:
         mask = torch.zeros(own.shape, dtype=self.dtype, device=device)
         mask.masked_fill_(~(own | trunk), torch.finfo(self.dtype).min)
         keep = tokens.shape[1] if keep is None else keep
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=mask[:, None],
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            output_hidden_states=keep_hidden,
-        )
+        with _shared_heads(device):
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=mask[:, None],
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                output_hidden_states=keep_hidden,
+            )
         self.hidden = out.hidden_states[-1][:, -keep:] if keep_hidden else None
         return out.logits[..., : self.vocab_size].float()
 
@@ -118,3 +122,20 @@ class Reader:
         if removed > 0:
             self.cache.crop(-removed)
             self.owner, self.position = self.owner[:, :num_columns], self.position[:, :num_columns]
+
+
+@contextmanager
+def _shared_heads(device: torch.device) -> Iterator[None]:
+    """On the CPU, query heads that share keys and values read them where they are.
+
+    Under a mask `transformers` copies them for each head, as GPU kernels need; here that is two thirds of attention.
+    """
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    if device.type == "cpu" and before is None:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

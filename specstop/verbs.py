@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mdp.trace import Trace
 
 __all__ = [
-    "audit", "check", "decode", "demo", "evaluate", "import_", "merge", "policies", "record", "replay", "schema", "simulate",
-    "solve", "study", "sweep", "validate",
+    "audit", "check", "decode", "demo", "evaluate", "import_", "merge", "policies", "record", "replay", "schema",
+    "simulate", "solve", "study", "sweep", "validate",
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
@@ -248,7 +248,6 @@ def decode(args: Namespace) -> int:
     from realmodels.decode import decode
     from realmodels.pair import load_pair
     from realmodels.prompts import tokenise
-
     from specstop.recording import sampling as typed
 
     sampling = typed(args)

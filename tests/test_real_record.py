@@ -11,7 +11,7 @@ from scipy import stats
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mdp.trace import FEATURES, load  # noqa: E402
+from mdp.trace import FEATURES  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
 from realmodels.reader import Reader  # noqa: E402
 from realmodels.record import measure_times, record  # noqa: E402

@@ -115,7 +115,7 @@ def killed_and_gone_on_with(tmp_path, kills, blocks):
 
 
 def test_killed_ten_times_and_gone_on_with_is_the_same_trace(tmp_path):
-    killed_and_gone_on_with(tmp_path, kills=10, blocks=20)
+    killed_and_gone_on_with(tmp_path, kills=10, blocks=12)
 
 
 @pytest.mark.slow
