@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FEATURES", "SCHEMA_VERSION", "Trace", "load", "save", "write_manifest", "write_shard"]
+__all__ = ["FEATURES", "SCHEMA_VERSION", "Trace", "atomic_write", "load", "save", "write_manifest", "write_shard"]
 
 SCHEMA_VERSION = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -207,7 +207,8 @@ def _arrays(trace: Trace) -> dict[str, np.ndarray]:
     return {key: np.ascontiguousarray(value) for key, value in out.items()}
 
 
-def _atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; what a kill leaves is called `.NAME.` and eight hex digits."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with temporary.open("xb") as file:  # not tempfile: it would hide the file from everyone else
@@ -227,7 +228,7 @@ def write_shard(trace: Trace, folder: str | Path, index: int) -> dict[str, Any]:
     trace.validate(f"shard {index}")
     data = to_bytes(_arrays(trace))
     path = Path(folder) / f"shard-{index:05d}.safetensors"
-    _atomic_write(path, data)
+    atomic_write(path, data)
     return {"file": path.name, "sha256": hashlib.sha256(data).hexdigest(), "num_requests": trace.num_requests,
             "num_positions": trace.num_positions}  # fmt: skip
 
@@ -235,7 +236,7 @@ def write_shard(trace: Trace, folder: str | Path, index: int) -> dict[str, Any]:
 def write_manifest(manifest: Mapping[str, Any], folder: str | Path) -> None:
     """Write `manifest.json` atomically, last: from here on the folder is a trace."""
     text = json.dumps({"schema_version": SCHEMA_VERSION, **manifest}, indent=1, allow_nan=False)
-    _atomic_write(Path(folder) / "manifest.json", text.encode())
+    atomic_write(Path(folder) / "manifest.json", text.encode())
 
 
 def save(trace: Trace, folder: str | Path) -> None:

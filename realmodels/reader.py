@@ -11,6 +11,9 @@ copying the path's cache once per rollout. That needs attention which sees all c
 recurrent layers are refused. Masks and positions are given explicitly, which makes left padding harmless.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,12 +37,15 @@ class Reader:
     """Reads tokens into a model's cache and returns the logits after them."""
 
     def __init__(self, model: Any, batch_size: int, vocab_size: int):
-        from transformers import DynamicCache
+        from realmodels.cache import GrowingLayer, growing_cache
 
         self.model, self.dtype = model, model.dtype
         self.vocab_size = vocab_size
-        self.cache = DynamicCache(config=model.config)
-        self.owner = torch.empty((batch_size, 0), dtype=torch.long, device=model.device)
+        self.cache = growing_cache(model.config, batch_size)
+        self.selects_rows = all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
+        # A model spread over devices takes its inputs where its embedding is; its layers move what they get.
+        device = model.get_input_embeddings().weight.device
+        self.owner = torch.empty((batch_size, 0), dtype=torch.long, device=device)
         self.position = self.owner.clone()
         self.hidden: Tensor | None = None
 
@@ -56,6 +62,7 @@ class Reader:
         fork: Tensor | None = None,
         keep: int | None = None,
         keep_hidden: bool = False,
+        rows: slice | None = None,
     ) -> Tensor:
         """Append columns and return float32 logits [B, keep, vocabulary] after the last `keep` of them (all).
 
@@ -64,30 +71,50 @@ class Reader:
             owner: [B, Q]; the path unless given.
             fork: [B, Q]; first position of the path that a branch's token does not see.
             keep_hidden: leave the last hidden states of those columns in `self.hidden`.
+            rows: the sequences that B stands for, if not all (where `selects_rows`); the others get padding.
         """
         device = self.owner.device
         tokens, position = tokens.to(device), position.to(device)
         owner = torch.full_like(tokens, PATH) if owner is None else owner.to(device)
         fork = torch.zeros_like(tokens) if fork is None else fork.to(device)
-        self.owner = torch.cat([self.owner, owner], 1)
-        self.position = torch.cat([self.position, position], 1)
-        own = self.owner[:, None, :] == owner[:, :, None]
-        own &= self.position[:, None, :] <= position[:, :, None]
-        trunk = (self.owner == PATH)[:, None, :] & (self.position[:, None, :] < fork[:, :, None])
+        rows = slice(None) if rows is None else rows
+        if self.selects_rows:
+            for layer in self.cache.layers:
+                layer.rows = rows  # type: ignore[attr-defined]
+        self.owner = self._append(self.owner, owner, PADDING, rows)
+        self.position = self._append(self.position, position, 0, rows)
+        owners, positions = self.owner[rows, None, :], self.position[rows, None, :]
+        own = (owners == owner[:, :, None]) & (positions <= position[:, :, None])
+        trunk = (owners == PATH) & (positions < fork[:, :, None])
         mask = torch.zeros(own.shape, dtype=self.dtype, device=device)
         mask.masked_fill_(~(own | trunk), torch.finfo(self.dtype).min)
         keep = tokens.shape[1] if keep is None else keep
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=mask[:, None],
-            position_ids=position,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            output_hidden_states=keep_hidden,
-        )
+        with _shared_heads(device):
+            out = self.model(
+                input_ids=tokens,
+                attention_mask=mask[:, None],
+                position_ids=position,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+                output_hidden_states=keep_hidden,
+            )
         self.hidden = out.hidden_states[-1][:, -keep:] if keep_hidden else None
         return out.logits[..., : self.vocab_size].float()
+
+    @staticmethod
+    def _append(held: Tensor, columns: Tensor, other: int, rows: slice) -> Tensor:
+        added = torch.full((held.shape[0], columns.shape[1]), other, dtype=held.dtype, device=held.device)
+        added[rows] = columns
+        return torch.cat([held, added], 1)
+
+    @torch.inference_mode()
+    def swap(self, one: int, other: int) -> None:
+        """Let two sequences change places (where `selects_rows`)."""
+        for part in (self.owner, self.position):
+            part[[one, other]] = part[[other, one]]
+        for layer in self.cache.layers:
+            layer.swap(one, other)  # type: ignore[attr-defined]
 
     def crop(self, num_columns: int) -> None:
         """Forget all columns but the first `num_columns`."""
@@ -95,3 +122,20 @@ class Reader:
         if removed > 0:
             self.cache.crop(-removed)
             self.owner, self.position = self.owner[:, :num_columns], self.position[:, :num_columns]
+
+
+@contextmanager
+def _shared_heads(device: torch.device) -> Iterator[None]:
+    """On the CPU, query heads that share keys and values read them where they are.
+
+    Under a mask `transformers` copies them for each head, as GPU kernels need; here that is two thirds of attention.
+    """
+    name = "TRANSFORMERS_SDPA_FORCE_GQA"
+    before = os.environ.get(name)
+    if device.type == "cpu" and before is None:
+        os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)

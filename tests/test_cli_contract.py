@@ -14,8 +14,8 @@ from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 VERBS = (
-    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "audit", "import", "validate",
-    "decode", "demo", "schema", "policies",
+    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "merge", "replay", "audit", "import",
+    "validate", "decode", "demo", "schema", "policies",
 )  # fmt: skip
 
 
@@ -88,6 +88,10 @@ BAD = {
                        "--temperature", "-1"], "--temperature: must be a finite number >= 0"),
     "record text for a number": (["record", "--target", "tiny", "--draft", "tiny", "--prompts", "p", "--out", "o",
                                   "--top-k", "many"], "--top-k: must be a whole number"),
+    "record shard": (["record", "--target", "tiny", "--draft", "tiny", "--prompts", "p", "--out", "o",
+                      "--shard", "3/2"], "--shard: must be I/N with 1 <= I <= N"),
+    "merge nothing": (["merge", "out"], "required: PART"),
+    "merge no part": (["merge", "out", "."], ".: no part of a recording (no recording.json)"),
     "decode no prompt": (["decode", "--target", "tiny", "--draft", "tiny", "--policy", "fixed:2"],
                          "one of the arguments --prompt --prompts is required"),
     "decode optimal": (["decode", "--target", "tiny", "--draft", "tiny", "--policy", "optimal", "--prompt", "a"],

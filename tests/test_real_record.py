@@ -1,10 +1,7 @@
-"""Recording: the coupled trace against a naive recomputation, its laws, its shape on disk, and being killed."""
+"""Recording: the coupled trace against a naive recomputation, its laws, and its shape on disk."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +11,9 @@ from scipy import stats
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from mdp.trace import FEATURES, load  # noqa: E402
+from mdp.trace import FEATURES  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
+from realmodels.reader import Reader  # noqa: E402
 from realmodels.record import measure_times, record  # noqa: E402
 from realmodels.streams import request_id, request_ids, stream, uniforms  # noqa: E402
 
@@ -97,13 +95,83 @@ def test_batching_and_sharding_change_nothing(pair, trace, tmp_path):
     prompts = make_prompts(24)
     for name, sizes in (("single", {"batch_size": 1}), ("odd", {"batch_size": 5, "shard_size": 7})):
         other = record(pair, prompts, tmp_path / name, **SETTINGS, **sizes)
-        for key in ("offsets", "accepted", "drafts_end", "ends", "rollout_offsets", "rollout_drafts_end"):
-            np.testing.assert_array_equal(getattr(trace, key), getattr(other, key))
-        for key in ("token", "draft_token", "rollout_draft_token"):
-            np.testing.assert_array_equal(trace.optional[key], other.optional[key])
-        for key in FEATURES:
-            np.testing.assert_allclose(trace.features[key], other.features[key], atol=1e-5)
-            np.testing.assert_allclose(trace.rollout_features[key], other.rollout_features[key], atol=1e-5)
+        is_the_same(trace, other)
+
+
+def is_the_same(trace, other):
+    """Equal tokens and flags, and probabilities up to rounding."""
+    for key in ("offsets", "accepted", "drafts_end", "ends", "rollout_offsets", "rollout_drafts_end"):
+        np.testing.assert_array_equal(getattr(trace, key), getattr(other, key))
+    for key in ("token", "draft_token", "rollout_draft_token"):
+        np.testing.assert_array_equal(trace.optional[key], other.optional[key])
+    for key in FEATURES:
+        np.testing.assert_allclose(trace.features[key], other.features[key], atol=1e-5)
+        np.testing.assert_allclose(trace.rollout_features[key], other.rollout_features[key], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 0}, {"temperature": 0.0}], ids=["top-k", "whole vocabulary", "greedy"]
+)
+def test_how_much_is_read_at_a_time_changes_nothing(pair, tmp_path, monkeypatch, settings):
+    """Little memory, one chunk at a time, and readers that cannot read some rows only."""
+    prompts, settings = make_prompts(12, seed=3), {**SETTINGS, **settings}
+    wanted = record(pair, prompts, tmp_path / "wanted", **settings)
+    for name, value in (("LOGITS", 24 * 3), ("PROMPT_TOKENS", 7), ("CHUNK", 3)):
+        monkeypatch.setattr(f"realmodels.coupled.{name}", value)
+    is_the_same(wanted, record(pair, prompts, tmp_path / "little", **settings))
+    monkeypatch.undo()
+    monkeypatch.setattr("realmodels.coupled.Reader", AllRows)
+    is_the_same(wanted, record(pair, prompts, tmp_path / "all rows", **settings, store_hidden=True))
+
+
+class AllRows(Reader):
+    """A reader that offers nothing beyond the interface that every draft has."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.selects_rows = False
+
+    def read(self, tokens, position, owner=None, fork=None, keep=None, keep_hidden=False):
+        assert len(tokens) == len(self.owner)
+        return super().read(tokens, position, owner, fork, keep, keep_hidden)
+
+
+def test_rows_that_are_not_read_stay_as_they_are(pair):
+    """A read of two of four rows, between reads of all, is seen by those two alone."""
+    tokens = torch.tensor([[3, 4], [5, 6], [7, 8], [9, 10]])
+    position = torch.arange(2).expand(4, 2)
+    reader, plain = Reader(pair.target, 4, 24), Reader(pair.target, 4, 24)
+    first, wanted = (each.read(tokens, position) for each in (reader, plain))
+    torch.testing.assert_close(first, wanted)
+    inside = reader.read(tokens[1:3, :1], position[1:3, :1] + 2, rows=slice(1, 3))
+    reader.swap(0, 3)
+    after = reader.read(tokens[:, 1:], position[:, :1] + 3)
+    again = plain.read(tokens[:, :1], position[:, :1] + 2)
+    torch.testing.assert_close(inside, again[1:3])
+    torch.testing.assert_close(after[1:3], plain.read(tokens[:, 1:], position[:, :1] + 3)[1:3])
+    alone = Reader(pair.target, 1, 24)
+    alone.read(tokens[3:], position[3:])
+    torch.testing.assert_close(after[0], alone.read(tokens[:1, 1:], position[:1, :1] + 3)[0])
+
+
+def test_a_model_whose_first_weights_are_elsewhere_gets_its_inputs_where_its_embedding_is(pair):
+    class Spread(torch.nn.Module):
+        device, dtype, config = torch.device("meta"), torch.float32, pair.target.config
+
+        def get_input_embeddings(self):
+            return pair.target.get_input_embeddings()
+
+    assert Reader(Spread(), 1, 24).owner.device == torch.device("cpu")
+
+
+def test_what_was_read_can_be_left_out_of_rollouts(pair, trace, tmp_path):
+    bare = record(pair, make_prompts(24), tmp_path, **SETTINGS, score_rollouts=False, shard_size=5)
+    assert bare.manifest["rollouts_scored"] is False and trace.manifest["rollouts_scored"] is True
+    assert set(bare.rollout_features) == {"draft_prob", "top_prob", "entropy"}
+    assert "rollout_draft_top_ids" in bare.optional and "rollout_target_top_ids" not in bare.optional
+    np.testing.assert_array_equal(bare.accepted, trace.accepted)
+    np.testing.assert_array_equal(bare.optional["rollout_draft_token"], trace.optional["rollout_draft_token"])
+    assert bare.manifest["recording"]["tokens"]["rollout_score"] == 0
 
 
 def test_a_request_is_recorded_alike_whatever_stands_beside_it(pair, trace, tmp_path):
@@ -222,48 +290,6 @@ def test_no_rollouts_when_nothing_fails(tmp_path):
     assert trace.accepted.all() and len(trace.rollout_drafts_end) == 0
 
 
-class Interrupted(Exception):
-    pass
-
-
-def test_an_interrupted_recording_leaves_no_trace_and_can_be_redone(pair, tmp_path):
-    def stop_later(_, seen=[]):  # noqa: B006
-        seen.append(1)
-        if len(seen) == 3:
-            raise Interrupted
-
-    prompts = make_prompts(9)
-    with pytest.raises(Interrupted):
-        record(pair, prompts, tmp_path, **SETTINGS, shard_size=3, progress=stop_later)
-    assert list(tmp_path.glob("shard-*")) and not (tmp_path / "manifest.json").exists()
-    with pytest.raises(ValueError, match="not a trace"):
-        load(tmp_path)
-    again = record(pair, prompts[:3], tmp_path, **SETTINGS)
-    assert again.num_requests == 3 and len(list(tmp_path.glob("shard-*"))) == 1
-    with pytest.raises(ValueError, match="already holds a trace"):
-        record(pair, prompts, tmp_path, **SETTINGS)
-
-
-def test_a_killed_recording_leaves_no_trace(tmp_path):
-    out = tmp_path / "trace"
-    code = f"""
-from realmodels.pair import load_pair
-from realmodels.record import record
-record(load_pair("tiny", "tiny"), [[5, 7]] * 100_000, {str(out)!r}, max_new_tokens=8, timing_repeats=0,
-       batch_size=8, shard_size=8, progress=lambda count: print("batch", flush=True))
-"""
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent)
-    assert child.stdout is not None
-    for _ in range(3):
-        assert child.stdout.readline()
-    os.kill(child.pid, signal.SIGKILL)
-    assert child.wait(timeout=60) == -signal.SIGKILL
-    child.stdout.close()
-    assert list(out.glob("shard-*.safetensors"))
-    with pytest.raises(ValueError, match="not a trace"):
-        load(out)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -316,7 +342,7 @@ def test_only_regular_files_are_cleared(pair, tmp_path, make):
 
 
 def test_scraps_of_an_unfinished_recording_are_cleared(pair, tmp_path):
-    for name in ("shard-00007.safetensors", ".shard-00008.safetensors.0123abcd", ".manifest.json.0123abcd"):
+    for name in (".shard-00000.safetensors.0123abcd", ".shard-00008.json.0123abcd", ".manifest.json.0123abcd"):
         (tmp_path / name).write_text("scrap")
     record(pair, make_prompts(2), tmp_path, **SETTINGS)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "shard-00000.safetensors"]
@@ -327,6 +353,11 @@ def test_measured_times(pair):
     assert len(times["verify_time"]) == 5 and times["context_length"] == 16
     low, high = times["verify_time_quartiles"]
     assert all(a <= b <= c for a, b, c in zip(low, times["verify_time"], high, strict=True))
+    assert [entry["context_length"] for entry in times["by_context"]] == [16]
+    times = measure_times(pair, 2, context_length=[40, 8, 20, 8], repeats=1)
+    assert [entry["context_length"] for entry in times["by_context"]] == [8, 20, 40]
+    assert times["context_length"] == 20
+    assert all(times[key] == times["by_context"][1][key] for key in times["by_context"][1])
 
 
 def test_uniforms_are_addressed():

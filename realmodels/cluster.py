@@ -1,0 +1,112 @@
+"""Recording on Dask workers: each loads the pair once, and blocks go to whoever is free.
+
+The process that asks loads no model and writes all the files; workers need no folder in common with it. What they
+need is specstop with its models extra, and the models under the names given (a folder must be there on each).
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+
+from mdp.trace import Trace
+from realmodels.pair import ModelPair, load_pair
+from realmodels.prompts import tokenise
+from realmodels.record import Block, Header, Plan, run
+from realmodels.sampling import Sampling
+from realmodels.timing import measure_times
+from simulate.cluster import client
+
+__all__ = ["record_on_cluster"]
+
+_LOADING = Lock()
+
+
+def record_on_cluster(
+    models: Mapping[str, Any],
+    prompts: Sequence[tuple[str, dict]],
+    out: str | Path,
+    *,
+    workers: int = 0,
+    scheduler: str | None = None,
+    part: tuple[int, int] = (1, 1),
+    timing_repeats: int = 5,
+    progress: bool | Callable[[int], Any] | None = None,
+    **settings: Any,
+) -> Trace | None:
+    """As `realmodels.record.record_part`, on `workers` processes of this machine or behind a Dask scheduler.
+
+    Args:
+        models: arguments of `realmodels.pair.load_pair`, by name.
+        prompts: as `realmodels.prompts.read_prompts` gives them; a worker's tokenizer reads them.
+        scheduler: its address, as tcp://host:8786.
+
+    Raises:
+        ValueError: one line that names the argument, its value and what is allowed.
+    """
+    key = json.dumps(dict(models), sort_keys=True)
+    threads = max(1, torch.get_num_threads() // workers) if workers else None
+    with client(workers, scheduler) as (dask, as_completed):
+        # What settings are wrong is found on a worker, before a file is written here.
+        header, tokens = dask.submit(_describe, key, threads, list(prompts), _of(Sampling, settings)).result()
+        plan = Plan.make(header, tokens, **settings)
+
+        def results(
+            blocks: Iterable[Block], advance: Callable[[int], Any]
+        ) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
+            jobs = {dask.submit(_record, key, threads, block, pure=False): block for block in blocks}
+            for job in as_completed(list(jobs)):
+                block = jobs.pop(job)
+                yield block.index, *job.result()
+                advance(len(block.ids))
+                job.release()
+
+        def times(lengths: Sequence[int]) -> dict[str, Any]:
+            job = dask.submit(
+                _time, key, threads, plan.sampling.max_candidates, list(lengths), timing_repeats, tokens[0], pure=False
+            )
+            return job.result()
+
+        return run(plan, Path(out), part, results, times if timing_repeats else None, progress)
+
+
+def _of(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: settings[name] for name in kind.__dataclass_fields__ if name in settings}
+
+
+@lru_cache(maxsize=1)
+def _loaded(key: str) -> ModelPair:
+    return load_pair(**json.loads(key))
+
+
+def _pair(key: str, threads: int | None) -> ModelPair:
+    """The pair, loaded once a worker."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _LOADING:
+        return _loaded(key)
+
+
+def _describe(
+    key: str, threads: int | None, prompts: list[tuple[str, dict]], sampling: dict[str, Any]
+) -> tuple[Header, list[list[int]]]:
+    pair = _pair(key, threads)
+    tokens = tokenise(prompts, pair)
+    pair.check_prompts(tokens, Sampling(**sampling))
+    return Header.of(pair), tokens
+
+
+def _record(key: str, threads: int | None, block: Block) -> tuple[Trace, dict[str, Any]]:
+    return block.record(_pair(key, threads), lambda count: None)
+
+
+def _time(
+    key: str, threads: int | None, max_candidates: int, lengths: list[int], repeats: int, context: list[int]
+) -> dict[str, Any]:
+    return measure_times(_pair(key, threads), max_candidates, lengths, repeats, context=context)
