@@ -50,8 +50,7 @@ def record_batch(
 ) -> list[tuple[Columns, Columns]]:
     """Per request: columns over its path positions, and columns over its rollout steps with their `position`."""
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    target = Reader(pair.target, len(prompts), pair.vocab_size)
-    draft = Reader(pair.draft, len(prompts), pair.vocab_size)
+    target, draft = (pair.reader(role, len(prompts)) for role in ("target", "draft"))
     path = _walk(pair, target, draft, prompts, lengths, ids, sampling, contents)
     steps = _branch(pair, target, draft, lengths, path, ids, sampling, contents)
     return list(zip(_split(path, len(prompts)), _split(steps, len(prompts)), strict=True))

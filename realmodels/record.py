@@ -51,6 +51,7 @@ def record(
     store_hidden: bool = False,
     timing_repeats: int = 5,
     progress: bool | Callable[[int], Any] | None = None,
+    about_prompts: dict[str, Any] | None = None,
 ) -> Trace:
     """Write the coupled trace of `pair` over `prompts` into the folder `out` and return it as read back.
 
@@ -62,6 +63,7 @@ def record(
         timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
         progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
             if stderr is a terminal.
+        about_prompts: kept in the manifest as `prompts`: source and template (`realmodels.prompts.about_prompts`).
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
@@ -83,6 +85,7 @@ def record(
         "draft_is_target_time": pair.draft_is_target_time,
         "seed": seed,
         "prompts_sha256": hashlib.sha256(json.dumps([list(map(int, p)) for p in prompts]).encode()).hexdigest(),
+        **({"prompts": about_prompts} if about_prompts else {}),
         "clamping": _CLAMPING,
         "replayable": True,
         "versions": _versions(),

@@ -49,7 +49,7 @@ def measure_times(
     """
     sampling = Sampling(max_candidates=max_candidates)
     filler = torch.tensor(list(context) or [0]).repeat(context_length + max_candidates + 1)
-    target, draft = (Reader(model, 1, pair.vocab_size) for model in (pair.target, pair.draft))
+    target, draft = (pair.reader(role, 1) for role in ("target", "draft"))
     for reader in (target, draft):
         reader.read(filler[None, :context_length], torch.arange(context_length)[None], keep=1)
     uniform = torch.full((1,), 0.5, dtype=torch.float64, device=pair.target.device)

@@ -24,6 +24,8 @@ INTERRUPTED = 130
 LONGEST_LINE = 500  # what was typed is quoted, and may be a whole file
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
+DTYPES = ("float32", "bfloat16", "float16")
+TEMPLATES = ("chat", "plain", "llama2", "alpaca", "gsm8k", "human-eval")
 STUDIES = ("paper", "phase", "information", "self-tuning")
 
 # A package that is missing -> the extra that brings it.
@@ -114,13 +116,40 @@ def build_parser() -> Parser:
         out.add_argument("--top-k", type=whole_number(0, 10**9), default=50, help="0 keeps all tokens (default 50)")
         out.add_argument("--seed", type=seed, default=0, help="default 0")
 
-    def pair(out: Parser) -> None:
+    def pair(out: Parser, required: bool = True) -> None:
         models = "gguf:FILE.gguf, a model folder, a hub id, or tiny"
-        out.add_argument("--target", metavar="T", required=True, help=f"bundled, {models}")
+        out.add_argument("--target", metavar="T", required=required, help=f"bundled, {models}")
         out.add_argument(
-            "--draft", metavar="D", required=True,
-            help=f"rtn:bits=4,group=64 (the target, rounded), {models}",
+            "--draft", metavar="D", required=required,
+            help="made of the target: rtn:bits=4,group=64 (rounded), exit:layers=8 (its first layers), "
+                 f"lookup:ngram=3 (no model: what followed the same words before); or {models}",
         )  # fmt: skip
+        out.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
+        out.add_argument("--device", default="cpu", help="such as cuda:0 (default cpu)")
+        out.add_argument("--device-map", choices=("auto",), help="auto: layers spread over all devices there are")
+        out.add_argument("--quantise", choices=("4bit", "8bit"), help="weights in so many bits (needs bitsandbytes)")
+        for role in ("target", "draft"):
+            out.add_argument(f"--{role}-revision", metavar="R", help="branch, tag or commit of a hub id (default main)")
+        out.add_argument(
+            "--trust-remote-code", action="store_true",
+            help="run the Python code that comes with a model; says whose on stderr and in the manifest",
+        )  # fmt: skip
+
+    def template(out: Parser) -> None:
+        out.add_argument(
+            "--template", choices=TEMPLATES, default="chat",
+            help="chat: the tokenizer's own (default); llama2: [INST] .. [/INST]; alpaca, gsm8k, human-eval: "
+                 "SpecDec++'s wordings in [INST] .. [/INST]; plain: the text as it is",
+        )  # fmt: skip
+
+    def prompts(out: Parser, required: bool = True) -> None:
+        out.add_argument(
+            "--prompts", required=required, metavar="FILE",
+            help="objects with prompt, messages, tokens, instruction (and input) or question, one a line or in one "
+                 "JSON array; or human-eval",
+        )  # fmt: skip
+        out.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
+        template(out)
 
     def recorded(out: Parser) -> None:
         out.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record` or `import`")
@@ -193,9 +222,8 @@ def build_parser() -> Parser:
 
     record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
     pair(record)
-    record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line, or human-eval")
+    prompts(record)
     record.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
-    record.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
     record.add_argument("--no-tokens", action="store_true", help="leave out everything that tells the text")
     sampling(record)
 
@@ -224,7 +252,8 @@ def build_parser() -> Parser:
     decode = verb("decode", "continue a prompt with a real pair under a policy", "The text has the target's law.")
     pair(decode)
     decode.add_argument("--policy", metavar="P", required=True, help="a stopping rule; see `specstop policies`")
-    decode.add_argument("--prompt", metavar="TEXT", required=True, help="goes through the chat template, if any")
+    decode.add_argument("--prompt", metavar="TEXT", required=True, help="goes through the template")
+    template(decode)
     decode.add_argument("--trace", help="recorded with this pair: calibrates the signal that the rule reads")
     decode.add_argument(
         "--score",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
+from specstop.models import load_pair_from
 from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
 from specstop.traces import load_trace
 
@@ -219,8 +220,7 @@ def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str
 
 def record(args: Namespace) -> int:
     """Run a real pair over prompts and write the trace."""
-    from realmodels.pair import load_pair
-    from realmodels.prompts import read_prompts, tokenise
+    from realmodels.prompts import about_prompts, read_prompts, tokenise
     from realmodels.record import check_folder, record
 
     start = time.perf_counter()
@@ -228,8 +228,9 @@ def record(args: Namespace) -> int:
     sampling = _sampling(args)
     check_folder(Path(args.out))
     prompts = read_prompts(args.prompts, args.limit)
-    pair = load_pair(args.target, args.draft)
-    trace = record(pair, tokenise(prompts, pair), args.out, **sampling, store_tokens=not args.no_tokens)
+    pair = load_pair_from(args)
+    tokens, about = tokenise(prompts, pair, args.template), about_prompts(args.prompts, pair, args.template)
+    trace = record(pair, tokens, args.out, **sampling, store_tokens=not args.no_tokens, about_prompts=about)
     measured = trace.manifest.get("measured") or {}
     result = {
         "trace": args.out,
@@ -267,16 +268,15 @@ def decode(args: Namespace) -> int:
         spec = replace(spec, policy=fitted(trace, spec), fit=False)
 
     from realmodels.decode import decode
-    from realmodels.pair import load_pair
     from realmodels.prompts import tokenise
 
     sampling = _sampling(args)
-    pair = load_pair(args.target, args.draft)
+    pair = load_pair_from(args)
     if trace is not None:
         pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
     if pair.tokenizer is None:
         raise ValueError("--prompt: this pair has no tokenizer, it cannot read text")
-    (prompt,) = tokenise([("--prompt", {"prompt": args.prompt})], pair)
+    (prompt,) = tokenise([("--prompt", {"prompt": args.prompt})], pair, args.template)
     # the true acceptance probability is known only where the target scores what was drafted
     score = args.score or signal == "token_accept_prob"
     run = decode(pair, prompt, spec, **sampling, estimator=estimator, score=score)
