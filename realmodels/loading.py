@@ -55,15 +55,13 @@ class Loading:
             raise ValueError(f"dtype: choose from {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device_map not in (None, "auto"):
             raise ValueError(f"device_map: must be auto, got {self.device_map!r}")
-        try:
-            torch.device(self.device)
-        except RuntimeError:
-            raise ValueError(f"device: no such device: {self.device!r:.60}") from None
-        if self.quantise is not None:
-            if self.quantise not in QUANTISED:
-                raise ValueError(f"quantise: choose from {', '.join(QUANTISED)}, got {self.quantise!r}")
-            if find_spec("bitsandbytes") is None:
-                raise ValueError("quantise: needs bitsandbytes, which is not installed; try: pip install bitsandbytes")
+        if self.quantise not in (None, *QUANTISED):
+            raise ValueError(f"quantise: choose from {', '.join(QUANTISED)}, got {self.quantise!r}")
+        with foreign(f"device: cannot use {self.device!r:.60}"):
+            torch.empty(0, device=self.device)
+        for field, package in (("device_map", "accelerate"), ("quantise", "bitsandbytes")):
+            if getattr(self, field) is not None and find_spec(package) is None:
+                raise ValueError(f"{field}: needs {package}, which is not installed; try: pip install {package}")
 
     @property
     def options(self) -> dict[str, Any]:
@@ -133,8 +131,7 @@ def _from_pretrained(source: str, spec: str, role: str, loading: Loading, option
     except ValueError:
         tokenizer = None  # prompts as token ids still work
     placed = "device_map" in loading.options
-    with foreign(f"device: cannot use {loading.device!r}"):
-        return (model if placed else model.to(loading.device)).eval(), tokenizer
+    return (model if placed else model.to(loading.device)).eval(), tokenizer
 
 
 def _folder_digests(folder: Path, role: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realmodels.early_exit import early_exit, num_layers, shared_states_cost
-from realmodels.loading import DTYPES, Loading, foreign, load_model
+from realmodels.loading import DTYPES, Loading, load_model
 from realmodels.prompt_lookup import LookupReader, PromptLookup
 from realmodels.prompts import load_prompts
 from realmodels.reader import Reader
@@ -131,9 +131,7 @@ def load_pair(
         if revision is not None and local:
             raise ValueError(f"{role}_revision: {spec!r} is no hub id, it has no revisions")
     if seeds[0] is not None:
-        target_model, tokenizer = tiny_target(seeds[0]), None
-        with foreign(f"device: cannot use {device!r}"):
-            target_model = target_model.to(device=device, dtype=DTYPES[dtype])
+        target_model, tokenizer = tiny_target(seeds[0]).to(device=device, dtype=DTYPES[dtype]), None
         about: dict[str, Any] = {"spec": target, "name": target, "revision": None}
     else:
         target_model, tokenizer, about = load_model(target, "target", loading, target_revision)

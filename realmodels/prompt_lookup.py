@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from realmodels.reader import PATH
+from realmodels.reader import PADDING, PATH
 
 __all__ = ["LookupReader", "PromptLookup", "continuations"]
 
@@ -58,6 +58,7 @@ class LookupReader:
     """Reads tokens as `realmodels.reader.Reader` does, branches included, and looks up instead of computing."""
 
     hidden: Tensor | None = None
+    selects_rows = True
 
     def __init__(self, lookup: PromptLookup, batch_size: int, vocab_size: int, device: Any = "cpu"):
         self.ngram, self.vocab_size, self.device = lookup.ngram, vocab_size, device
@@ -75,25 +76,38 @@ class LookupReader:
         fork: Tensor | None = None,
         keep: int | None = None,
         keep_hidden: bool = False,
+        rows: slice | None = None,
     ) -> Tensor:
-        """Append columns and return float32 logits [B, keep, vocabulary], log counts, after the last `keep` of them."""
+        """Append columns and return float32 logits [B, keep, vocabulary], log counts, after the last `keep` of them.
+
+        Args:
+            rows: the sequences that B stands for, if not all; the others get padding.
+        """
         if keep_hidden:
             raise ValueError("draft: prompt lookup has no hidden states")
         owner = torch.full_like(tokens, PATH) if owner is None else owner
         fork = torch.zeros_like(tokens) if fork is None else fork
-        added = torch.stack([tokens, position, owner]).cpu().numpy()
+        chosen = range(self.columns.shape[1])[slice(None) if rows is None else rows]
+        read = torch.stack([tokens, position, owner, fork]).cpu().numpy()
+        added = np.zeros((3, self.columns.shape[1], tokens.shape[1]), dtype=np.int64)
+        added[2] = PADDING
+        added[:, chosen] = read[:3]
         self.columns = np.concatenate([self.columns, added], 2)
         keep = tokens.shape[1] if keep is None else keep
-        logits = torch.full((tokens.shape[0], keep, self.vocab_size), -torch.inf)
-        first = tokens.shape[1] - keep
-        forks = fork.cpu().numpy()
-        for row in range(tokens.shape[0]):
-            for column in range(keep):
-                _, at, mine = added[:, row, first + column]
-                followed = continuations(self._text(row, at, mine, forks[row, first + column]), self.ngram)
-                chosen, counts = np.unique(followed, return_counts=True)
-                logits[row, column, torch.from_numpy(chosen)] = torch.from_numpy(np.log(counts)).float()
+        logits = torch.full((len(chosen), keep, self.vocab_size), -torch.inf)
+        for index, row in enumerate(chosen):
+            for column, (_, at, mine, leaves) in enumerate(read[:, index, tokens.shape[1] - keep :].T):
+                if mine == PADDING:  # read by nobody
+                    logits[index, column] = 0.0
+                    continue
+                followed = continuations(self._text(row, at, mine, leaves), self.ngram)
+                token, count = np.unique(followed, return_counts=True)
+                logits[index, column, torch.from_numpy(token)] = torch.from_numpy(np.log(count)).float()
         return logits.to(self.device)
+
+    def swap(self, one: int, other: int) -> None:
+        """Let two sequences change places."""
+        self.columns[:, [one, other]] = self.columns[:, [other, one]]
 
     def _text(self, row: int, at: int, owner: int, fork: int) -> np.ndarray:
         """What a token at a position sees of its row, itself included, in order."""

@@ -220,10 +220,18 @@ def build_parser() -> Parser:
     )  # fmt: skip
     study.add_argument("--quick", action="store_true", help="a small grid that shows the same keys")
 
-    record = verb("record", "run a real draft/target pair over prompts and keep everything a rule can meet")
-    pair(record)
-    prompts(record)
-    record.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
+    record = verb(
+        "record", "run a real draft/target pair over prompts and keep everything a rule can meet",
+        "Or, with --logits, make a trace from logits: a safetensors file with tokens, offsets, draft_logits and "
+        "target_logits (or draft_top_ids, draft_top_logits, draft_logsumexp, and so on), see realmodels/logits.py.",
+    )  # fmt: skip
+    pair(record, required=False)
+    prompts(record, required=False)
+    record.add_argument("--logits", metavar="FILE.safetensors", help="in the place of --target, --draft and --prompts")
+    record.add_argument(
+        "--impute", action="store_true", help="of --logits: make up features past a rejection; the trace says so"
+    )
+    record.add_argument("--out", metavar="DIR", help="the trace folder; must not hold a trace yet")
     record.add_argument("--no-tokens", action="store_true", help="leave out everything that tells the text")
     sampling(record)
 

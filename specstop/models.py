@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from realmodels.pair import ModelPair
 
-__all__ = ["load_pair_from"]
+__all__ = ["load_pair_from", "need"]
 
 OPTIONS = ("dtype", "device", "device_map", "quantise", "target_revision", "draft_revision", "trust_remote_code")
 
@@ -16,3 +16,11 @@ def load_pair_from(args: Namespace) -> "ModelPair":
     from realmodels.pair import load_pair
 
     return load_pair(args.target, args.draft, **{name: getattr(args, name) for name in OPTIONS})
+
+
+def need(args: Namespace, *names: str) -> None:
+    """Refuse a command line without these options, in the parser's own words."""
+    if lacking := [f"--{name}" for name in names if getattr(args, name) is None]:
+        raise ValueError(
+            f"the following arguments are required: {', '.join(lacking)} (see specstop {args.verb} --help)"
+        )

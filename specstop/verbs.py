@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
-from specstop.models import load_pair_from
+from specstop.models import load_pair_from, need
 from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
 from specstop.traces import load_trace
 
@@ -219,7 +219,14 @@ def _print_comparison(result: dict[str, Any], lacking: Sequence[Mapping[str, str
 
 
 def record(args: Namespace) -> int:
-    """Run a real pair over prompts and write the trace."""
+    """Run a real pair over prompts, or read its logits, and write the trace."""
+    need(args, *(["out"] if args.logits else ["target", "draft", "prompts", "out"]))
+    if args.impute and not args.logits:
+        raise ValueError("--impute: goes with --logits; a recording holds what was drafted past a rejection")
+    if args.logits:
+        from specstop.logits import record_logits
+
+        return record_logits(args)
     from realmodels.prompts import about_prompts, read_prompts, tokenise
     from realmodels.record import check_folder, record
 
