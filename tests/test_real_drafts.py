@@ -79,7 +79,7 @@ def test_the_trace_has_measured_times_and_says_what_drafted(greedy):
         assert declared["draft_time"] == 0.5 and declared["verify_time"] == 1.0
 
 
-@pytest.mark.parametrize("draft", ["exit:layers=1", "lookup:ngram=2"])
+@pytest.mark.parametrize("draft", ["lookup:ngram=2", pytest.param("exit:layers=1", marks=pytest.mark.slow)])
 def test_the_text_has_the_targets_law(draft):
     pair = load_pair("tiny:5", draft)
     endless, prompt = ModelPair(**{**vars(pair), "end_token_ids": ()}), [8, 4, 8]
