@@ -22,7 +22,7 @@ import torch
 from realmodels.gguf_file import BUNDLED_PACKAGE, converted, file_digest, find_gguf
 from realmodels.reader import check_attention
 
-__all__ = ["DTYPES", "QUANTISED", "Loading", "foreign", "load_model", "quiet"]
+__all__ = ["DTYPES", "QUANTISED", "Loading", "check_spec", "load_model"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTISED = ("4bit", "8bit")
@@ -57,7 +57,7 @@ class Loading:
             raise ValueError(f"device_map: must be auto, got {self.device_map!r}")
         if self.quantise not in (None, *QUANTISED):
             raise ValueError(f"quantise: choose from {', '.join(QUANTISED)}, got {self.quantise!r}")
-        with foreign(f"device: cannot use {self.device!r:.60}"):
+        with _foreign(f"device: cannot use {self.device!r:.60}"):
             torch.empty(0, device=self.device)
         for field, package in (("device_map", "accelerate"), ("quantise", "bitsandbytes")):
             if getattr(self, field) is not None and find_spec(package) is None:
@@ -72,7 +72,7 @@ class Loading:
         if self.quantise is not None:
             from transformers import BitsAndBytesConfig
 
-            bits = {"load_in_8bit": True}
+            bits: dict[str, Any] = {"load_in_8bit": True}
             if self.quantise == "4bit":
                 bits = {"load_in_4bit": True, "bnb_4bit_compute_dtype": DTYPES[self.dtype]}
             options["quantization_config"] = BitsAndBytesConfig(**bits)
@@ -80,38 +80,51 @@ class Loading:
         return options
 
 
+def check_spec(spec: str, role: str, revision: str | None) -> None:
+    """Refuse, before anything is loaded, what names no source of a model, or a revision of what has none.
+
+    Raises:
+        ValueError: one line that names the model and what is allowed.
+    """
+    local = spec == "bundled" or spec.startswith("gguf:") or Path(spec).is_dir()
+    if not local and not _HUB_ID.fullmatch(spec):
+        made = "" if role == "target" else "rtn:bits=B,group=G, exit:layers=N, lookup:ngram=N, "
+        raise ValueError(f"{role}: unknown model {spec!r}; choose from {made}{SOURCES}")
+    if local and revision is not None:
+        raise ValueError(f"{role}_revision: {spec!r} is no hub id, it has no revisions")
+
+
 def load_model(spec: str, role: str, loading: Loading, revision: str | None) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer (None if it has none) and provenance of `bundled`, `gguf:..`, a folder or a hub id.
+    """Model, tokenizer (None if it has none) and provenance of what `check_spec` lets pass.
 
     Raises:
         ValueError: one line that names the model, what was given and what is allowed.
     """
     about: dict[str, Any] = {"spec": spec, "name": spec, "revision": None}
-    source, options, config = spec, {"local_files_only": True}, None
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    source = spec
     if spec == "bundled" or spec.startswith("gguf:"):
         path = find_gguf(BUNDLED_PACKAGE if spec == "bundled" else spec.removeprefix("gguf:"))
         digest = file_digest(path)
         about |= {"name": path.stem, "sha256": {path.name: digest}}
-        with foreign(f"gguf: cannot convert {path}"), quiet():
+        with _foreign(f"gguf: cannot convert {path}"), _quiet():
             source = str(converted(path, digest))
-    elif Path(spec).is_dir():
-        about |= {"name": Path(spec).resolve().name, "sha256": _folder_digests(Path(spec), role)}
-    elif _HUB_ID.fullmatch(spec):
-        config = _fetch_config(spec, role, revision)
-        about["revision"] = config.parent.name
-        options = {"revision": about["revision"]}
     else:
-        raise ValueError(f"{role}: unknown model {spec!r}; choose from {SOURCES}")
-    if revision is not None and config is None:
-        raise ValueError(f"{role}_revision: {spec!r} is no hub id, it has no revisions")
-    if loading.trust_remote_code:
-        _check_code(config or Path(source) / "config.json", role, spec)
-        about["trust_remote_code"] = True
-        print(f"specstop: running the model's own code: {spec} at {about['revision'] or source}", file=sys.stderr)
-    options["trust_remote_code"] = loading.trust_remote_code
-    with quiet():
+        if Path(spec).is_dir():
+            about |= {"name": Path(spec).resolve().name, "sha256": _folder_digests(Path(spec), role)}
+            config = Path(spec) / "config.json"
+        else:
+            config = _fetch_config(spec, role, revision)
+            about["revision"] = config.parent.name
+            options = {"revision": about["revision"], "trust_remote_code": False}
+        if loading.trust_remote_code:
+            _check_code(config, role, spec)
+            about["trust_remote_code"] = options["trust_remote_code"] = True
+            print(f"specstop: running the model's own code: {spec} at {about['revision'] or spec}", file=sys.stderr)
+    if loading.quantise is not None:
+        about["quantise"] = loading.quantise
+    with _quiet():
         model, tokenizer = _from_pretrained(source, spec, role, loading, options)
-    about |= {"quantise": loading.quantise} if loading.quantise else {}
     return model, tokenizer, about
 
 
@@ -119,14 +132,14 @@ def _from_pretrained(source: str, spec: str, role: str, loading: Loading, option
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loader: Any = AutoModelForCausalLM
-    with foreign(f"{role}: cannot load {spec!r}"):
+    with _foreign(f"{role}: cannot load {spec!r}"):
         model, report = loader.from_pretrained(source, output_loading_info=True, **loading.options, **options)
     # Weights that the files lack would be drawn at random, and everything recorded with them would be noise.
     if lacking := sorted(report["missing_keys"]):
         raise ValueError(f"{role}: {spec!r} lacks {len(lacking)} of the model's weights, such as {lacking[0]}")
     check_attention(model, f"{role} {spec!r}")
     try:
-        with foreign("tokenizer"):
+        with _foreign("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except ValueError:
         tokenizer = None  # prompts as token ids still work
@@ -169,7 +182,7 @@ def _fetch_config(spec: str, role: str, revision: str | None) -> Path:
     """
     from huggingface_hub import hf_hub_download
 
-    with foreign(f"{role}: cannot find {spec!r} at revision {revision or 'main'!r}"), quiet():
+    with _foreign(f"{role}: cannot find {spec!r} at revision {revision or 'main'!r}"), _quiet():
         config = Path(hf_hub_download(spec, "config.json", revision=revision))
     if not re.fullmatch(r"[0-9a-f]{40}", config.parent.name):
         raise ValueError(f"{role}: {spec!r}: cannot tell which commit {revision or 'main'!r} is")
@@ -178,7 +191,7 @@ def _fetch_config(spec: str, role: str, revision: str | None) -> Path:
 
 def _check_code(config: Path, role: str, spec: str) -> None:
     """Refuse code that a configuration takes from another repository: no revision of ours pins it."""
-    with foreign(f"{role}: cannot load {spec!r}"):
+    with _foreign(f"{role}: cannot load {spec!r}"):
         named = json.loads(config.read_text()).get("auto_map", {}).values()
     for name in named:
         for part in name if isinstance(name, list) else [name]:
@@ -189,7 +202,7 @@ def _check_code(config: Path, role: str, spec: str) -> None:
 
 
 @contextlib.contextmanager
-def foreign(what: str) -> Iterator[None]:
+def _foreign(what: str) -> Iterator[None]:
     """Turn whatever other people's code raises over a model's files into one line.
 
     A damaged file comes out as anything (SafetensorError, RuntimeError, ZeroDivisionError, ...), and which it is
@@ -208,7 +221,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """No progress bars and logs of other people's code unless someone watches; what goes wrong is raised anyhow."""
     if sys.stderr.isatty():
         yield

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from realmodels.early_exit import early_exit, num_layers, shared_states_cost
-from realmodels.loading import DTYPES, Loading, load_model
+from realmodels.loading import DTYPES, Loading, check_spec, load_model
 from realmodels.prompt_lookup import LookupReader, PromptLookup
 from realmodels.prompts import load_prompts
 from realmodels.reader import Reader
@@ -124,42 +124,30 @@ def load_pair(
     seeds = [_tiny_seed(spec, role) for spec, role in ((target, "target"), (draft, "draft"))]
     if seeds[1] is not None and seeds[0] is None:
         raise ValueError(f"draft: {draft!r} goes with a tiny target only, got target {target!r}")
-    for role, spec, revision, local in (
+    if seeds[0] is not None and (device_map is not None or quantise is not None):
+        raise ValueError(f"target: {target!r} is loaded as it is, with no device_map and no quantise")
+    for role, spec, revision, built in (
         ("target", target, target_revision, seeds[0] is not None),
         ("draft", draft, draft_revision, seeds[1] is not None or made is not None),
     ):
-        if revision is not None and local:
+        if not built:
+            check_spec(spec, role, revision)
+        elif revision is not None:
             raise ValueError(f"{role}_revision: {spec!r} is no hub id, it has no revisions")
-    if seeds[0] is not None:
-        target_model, tokenizer = tiny_target(seeds[0]).to(device=device, dtype=DTYPES[dtype]), None
-        about: dict[str, Any] = {"spec": target, "name": target, "revision": None}
-    else:
+    if seeds[0] is None:
         target_model, tokenizer, about = load_model(target, "target", loading, target_revision)
-    provenance = {"target": about}
+    else:
+        target_model, tokenizer = tiny_target(seeds[0]).to(device=device, dtype=DTYPES[dtype]), None
+        about = {"spec": target, "name": target, "revision": None}
     draft_tokenizer = tokenizer
     if made is not None:
-        # `rtn` and `rtn:group=64,bits=4` are one model, so they have one name
-        kind, values = made
-        parameters = ",".join(f"{key}={value}" for key, value in values.items())
-        provenance["draft"] = {
-            "spec": draft, "name": f"{about['name']} {kind}:{parameters}", "revision": about["revision"],
-        }  # fmt: skip
-        if kind == "rtn":
-            draft_model = quantised_copy(target_model, **values)
-        elif kind == "exit":
-            draft_model = early_exit(target_model, **values)
-            cost = shared_states_cost(values["layers"], num_layers(target_model))
-            provenance["draft"]["declared_cost"] = {
-                "kind": "affine", "draft_time": cost.draft_time, "verify_time": cost.verify_time,
-                "why": "shallow states re-used, as Kangaroo and DEL count it; in target passes, not measured",
-            }  # fmt: skip
-        else:
-            draft_model = PromptLookup(**values)
+        draft_model, about_draft = _made(target_model, *made)
+        about_draft |= {"name": f"{about['name']} {about_draft['name']}", "revision": about["revision"]}
     elif seeds[1] is not None:
         draft_model = tiny_draft(target_model, seeds[1])
-        provenance["draft"] = {"spec": draft, "name": draft, "revision": None}
+        about_draft = {"name": draft, "revision": None}
     else:
-        draft_model, draft_tokenizer, provenance["draft"] = load_model(draft, "draft", loading, draft_revision)
+        draft_model, draft_tokenizer, about_draft = load_model(draft, "draft", loading, draft_revision)
     return ModelPair(
         target=target_model,
         draft=draft_model,
@@ -168,8 +156,24 @@ def load_pair(
         vocab_size=_common_vocabulary(target_model, draft_model, tokenizer, draft_tokenizer),
         dtype=dtype,
         draft_is_target_time=seeds[1] is not None or (made is not None and made[0] == "rtn"),
-        provenance=provenance,
+        provenance={"target": about, "draft": {"spec": draft, **about_draft}},
     )
+
+
+def _made(target: Any, kind: str, values: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """A draft made of the target, and its provenance."""
+    # `rtn` and `rtn:group=64,bits=4` are one model, so they have one name
+    about: dict[str, Any] = {"name": f"{kind}:{','.join(f'{key}={value}' for key, value in values.items())}"}
+    if kind == "rtn":
+        return quantised_copy(target, **values), about
+    if kind == "lookup":
+        return PromptLookup(**values), about
+    cost = shared_states_cost(values["layers"], num_layers(target))
+    about["declared_cost"] = {
+        "kind": "affine", "draft_time": cost.draft_time, "verify_time": cost.verify_time,
+        "why": "shallow states re-used, as Kangaroo and DEL count it; in target passes, not measured",
+    }  # fmt: skip
+    return early_exit(target, **values), about
 
 
 def _tiny_seed(spec: str, role: str) -> int | None:

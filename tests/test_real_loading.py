@@ -154,6 +154,15 @@ def test_only_hub_ids_have_revisions(saved, role, spec):
         load_pair(**pair, **{f"{role}_revision": "main"})
 
 
+def test_a_draft_that_cannot_be_is_refused_before_the_target_is_loaded(fetched):
+    for draft, message in (("nonesuch", "choose from rtn:bits=B,group=G, exit"), ("tiny", "a tiny target only")):
+        with pytest.raises(ValueError, match=message):
+            load_pair("org/model", draft)
+    with pytest.raises(ValueError, match="'tiny' is loaded as it is"):
+        load_pair("tiny", "lookup", device_map="auto")
+    assert fetched.calls == fetched.asked == []
+
+
 def test_nothing_but_a_hub_id_needs_a_network(offline, folder, tmp_path, capsys):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast

@@ -99,9 +99,8 @@ def test_human_eval_as_specdecpp_asks_it():
     code = bare.removeprefix("^")
     assert code.lstrip().startswith("from typing import List") and code.endswith('"""\n')
     below = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-    assert told == (
-        f"^[INST] {below}\n\n\n### Instruction:\nCreate a Python script for this problem:\n{code}\n\n### Response: [/INST]"
-    )
+    asks = f"{below}\n\n\n### Instruction:\nCreate a Python script for this problem:\n{code}\n\n### Response:"
+    assert told == f"^[INST] {asks} [/INST]"
     ours = f"Complete the following Python function:\n```python\n{code}```"
     assert inst == f"^[INST] {ours} [/INST]"
     assert texts("human-eval", "chat", pair_of(CHAT), limit=1) == [f"<user>{ours}<assistant>"]
