@@ -17,6 +17,9 @@ counts a position in the place of rollouts. Of a round that starts there `tested
 of them are accepted before the first rejection; so the draft may depend on where its round began. A trace made of the
 rounds of one policy knows no more than that policy drafted.
 
+Rollouts may be *imputed* (`realmodels.impute`): a trace made from logits along the text has none of its own. Such a
+trace says `imputed` in its manifest, and so do replays of it.
+
 On disk a trace is a folder of safetensors shards and a `manifest.json` that is written last: a folder without it
 is no trace. Reading checks sizes, ranges and hashes; a damaged shard is named.
 """
@@ -96,6 +99,13 @@ class Trace:
     @property
     def max_candidates(self) -> int:
         return int(self.manifest["max_candidates"])
+
+    @property
+    def rollouts(self) -> str:
+        """Whether what was drafted past a rejection is `recorded`, `imputed`, or there is `none`."""
+        if self.rollout_offsets is None:
+            return "none"
+        return "imputed" if self.manifest.get("imputed") else "recorded"
 
     @property
     def request_ids(self) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from mdp.trace import Trace
 from realmodels.pair import ModelPair, load_pair
-from realmodels.prompts import tokenise
+from realmodels.prompts import about_prompts, tokenise
 from realmodels.record import Block, Header, Plan, run
 from realmodels.sampling import Sampling
 from realmodels.timing import measure_times
@@ -32,6 +32,8 @@ def record_on_cluster(
     prompts: Sequence[tuple[str, dict]],
     out: str | Path,
     *,
+    source: str = "",
+    template: str = "chat",
     workers: int = 0,
     scheduler: str | None = None,
     part: tuple[int, int] = (1, 1),
@@ -44,6 +46,7 @@ def record_on_cluster(
     Args:
         models: arguments of `realmodels.pair.load_pair`, by name.
         prompts: as `realmodels.prompts.read_prompts` gives them; a worker's tokenizer reads them.
+        source, template: where the prompts come from, for the manifest, and what puts them into words.
         scheduler: its address, as tcp://host:8786.
 
     Raises:
@@ -53,8 +56,9 @@ def record_on_cluster(
     threads = max(1, torch.get_num_threads() // workers) if workers else None
     with client(workers, scheduler) as (dask, as_completed):
         # What settings are wrong is found on a worker, before a file is written here.
-        header, tokens = dask.submit(_describe, key, threads, list(prompts), _of(Sampling, settings)).result()
-        plan = Plan.make(header, tokens, **settings)
+        asked = dask.submit(_describe, key, threads, list(prompts), source, template, _of(Sampling, settings))
+        header, tokens, about = asked.result()
+        plan = Plan.make(header, tokens, about_prompts=about, **settings)
 
         def results(
             blocks: Iterable[Block], advance: Callable[[int], Any]
@@ -94,12 +98,12 @@ def _pair(key: str, threads: int | None) -> ModelPair:
 
 
 def _describe(
-    key: str, threads: int | None, prompts: list[tuple[str, dict]], sampling: dict[str, Any]
-) -> tuple[Header, list[list[int]]]:
+    key: str, threads: int | None, prompts: list[tuple[str, dict]], source: str, template: str, sampling: dict[str, Any]
+) -> tuple[Header, list[list[int]], dict[str, Any]]:
     pair = _pair(key, threads)
-    tokens = tokenise(prompts, pair)
+    tokens = tokenise(prompts, pair, template)
     pair.check_prompts(tokens, Sampling(**sampling))
-    return Header.of(pair), tokens
+    return Header.of(pair), tokens, about_prompts(source, pair, template)
 
 
 def _record(key: str, threads: int | None, block: Block) -> tuple[Trace, dict[str, Any]]:

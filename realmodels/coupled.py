@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from realmodels.pair import ModelPair
-from realmodels.reader import PADDING, PATH, Reader
+from realmodels.reader import PADDING, PATH
 from realmodels.sampling import Sampling
 from realmodels.streams import stream, uniforms
 from realmodels.verify import Law, acceptance, couple, draft_features, draw
@@ -121,9 +121,7 @@ class _Batch:
         self.seconds = seconds
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.order = self.lengths.argsort(descending=True, stable=True)
-        self.target, self.draft = (
-            _Rows(Reader(model, len(prompts), pair.vocab_size), len(prompts)) for model in (pair.target, pair.draft)
-        )
+        self.target, self.draft = (_Rows(pair.reader(role, len(prompts)), len(prompts)) for role in ("target", "draft"))
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:

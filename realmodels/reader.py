@@ -34,12 +34,13 @@ def check_attention(model: Any, name: str) -> None:
 
 
 class Reader:
-    """Reads tokens into a model's cache and returns the logits after them."""
+    """Reads tokens into a model's cache and returns the logits after them, on `device` (the model's own)."""
 
-    def __init__(self, model: Any, batch_size: int, vocab_size: int):
+    def __init__(self, model: Any, batch_size: int, vocab_size: int, device: Any = None):
         from realmodels.cache import GrowingLayer, growing_cache
 
         self.model, self.dtype = model, model.dtype
+        self.out_device = model.device if device is None else device
         self.vocab_size = vocab_size
         self.cache = growing_cache(model.config, batch_size)
         self.selects_rows = all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
@@ -100,7 +101,7 @@ class Reader:
                 output_hidden_states=keep_hidden,
             )
         self.hidden = out.hidden_states[-1][:, -keep:] if keep_hidden else None
-        return out.logits[..., : self.vocab_size].float()
+        return out.logits[..., : self.vocab_size].float().to(self.out_device)
 
     @staticmethod
     def _append(held: Tensor, columns: Tensor, other: int, rows: slice) -> Tensor:

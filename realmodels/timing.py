@@ -95,7 +95,7 @@ class _Clock:
         tokens = torch.tensor(list(context) or [0])
         self.filler = tokens.repeat(-(-(length + max_candidates + 1) // len(tokens)))[None]
         self.uniform = torch.full((1,), 0.5, dtype=torch.float64)
-        self.target, self.draft = (Reader(model, 1, pair.vocab_size) for model in (pair.target, pair.draft))
+        self.target, self.draft = (pair.reader(role, 1) for role in ("target", "draft"))
         for reader in (self.target, self.draft):
             reader.read(self.filler[:, :length], torch.arange(length)[None], keep=1)
             self.read(reader, 1)  # first calls pay for set-up

@@ -108,6 +108,7 @@ class Audit:
     verify_time: tuple[float, ...]
     cost_origin: str
     level: float
+    rollouts: str
 
     @property
     def headline(self) -> str:
@@ -123,6 +124,8 @@ class Audit:
             said.append(f"only {self.num_requests} requests scored: intervals lean on a shape that nobody has checked")
         if self.ceiling == CLAIRVOYANT:
             said.append("no scored rollouts: the only ceiling is the clairvoyant, which no rule comes near")
+        if self.rollouts == "imputed":
+            said.append("features past a rejection are imputed, and better than they are: so is every rule that looks")
         if self.acceptance.unidentified:
             depths = self.acceptance.unidentified
             said.append(f"its own rounds tell nothing of acceptance at depths {depths[0]} to {depths[-1]}")
@@ -216,6 +219,7 @@ def audit(trace: Trace, policy: str | Policy | PolicySpec, *, cost: Cost | None 
         verify_time=tuple(map(float, cost.verify_times(trace.max_candidates))),
         cost_origin=origin,
         level=level,
+        rollouts=trace.rollouts,
     )
 
 

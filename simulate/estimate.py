@@ -261,6 +261,7 @@ class TraceComparison(Comparison):
         cost_origin: `measured` with the trace, or `declared` by the caller.
         scored_on: `all` requests, or the `test half` if some policy's signal was fitted on the other half.
         level: of the intervals.
+        rollouts: whether what was drafted past a rejection is `recorded`, `imputed` (made up), or there is `none`.
     """
 
     draft_time: float = math.nan
@@ -268,6 +269,7 @@ class TraceComparison(Comparison):
     cost_origin: str = "declared"
     scored_on: str = "all"
     level: float = 0.95
+    rollouts: str = "recorded"
 
     @property
     def num_requests(self) -> int:
@@ -285,7 +287,7 @@ class TraceComparison(Comparison):
             entry["throughput_bca"] = [_or_null(float(x)) for x in ends]
         return {**shared, "num_requests": self.num_requests, "level": self.level, "scored_on": self.scored_on,
                 "draft_time": self.draft_time, "verify_time": list(self.verify_time),
-                "cost_origin": self.cost_origin}  # fmt: skip
+                "cost_origin": self.cost_origin, "rollouts": self.rollouts}  # fmt: skip
 
 
 def _or_null(value: float) -> float | None:

@@ -148,6 +148,7 @@ def replay(
         cost_origin=origin,
         scored_on="test half" if split else "all",
         level=level,
+        rollouts=trace.rollouts,
     )
 
 

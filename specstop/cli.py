@@ -17,13 +17,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["build_parser", "main"]
+__all__ = ["build_parser", "function_of", "main"]
 
 BAD_INPUT = 2
 INTERRUPTED = 130
 LONGEST_LINE = 500  # what was typed is quoted, and may be a whole file
 BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 
+DTYPES = ("float32", "bfloat16", "float16")
+TEMPLATES = ("chat", "plain", "llama2", "alpaca", "gsm8k", "human-eval")
 STUDIES = ("paper", "phase", "information", "self-tuning")
 
 # Verb -> the module whose function it is, where that is not `specstop.verbs`.
@@ -96,7 +98,7 @@ seed = whole_number(0, 2**63 - 1)
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command line; `args.verb` names a function of its home's."""
+    """The parser of the whole command line; `function_of(args.verb)` runs what it reads."""
     parser = Parser(
         prog="specstop",
         description="How many tokens to draft before verifying: exact optimum, simulation and replay on real traces.",
@@ -131,13 +133,40 @@ def build_parser() -> Parser:
         out.add_argument("--top-p", type=share, default=1.0, help="mass kept after top-k (default 1: all)")
         out.add_argument("--seed", type=seed, default=0, help="default 0")
 
-    def pair(out: Parser) -> None:
+    def pair(out: Parser, required: bool = True) -> None:
         models = "gguf:FILE.gguf, a model folder, a hub id, or tiny"
-        out.add_argument("--target", metavar="T", required=True, help=f"bundled, {models}")
+        out.add_argument("--target", metavar="T", required=required, help=f"bundled, {models}")
         out.add_argument(
-            "--draft", metavar="D", required=True,
-            help=f"rtn:bits=4,group=64 (the target, rounded), {models}",
+            "--draft", metavar="D", required=required,
+            help="made of the target: rtn:bits=4,group=64 (rounded), exit:layers=8 (its first layers), "
+                 f"lookup:ngram=3 (no model: what followed the same words before); or {models}",
         )  # fmt: skip
+        out.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default float32)")
+        out.add_argument("--device", default="cpu", help="such as cuda:0 (default cpu)")
+        out.add_argument("--device-map", choices=("auto",), help="auto: layers spread over all devices there are")
+        out.add_argument("--quantise", choices=("4bit", "8bit"), help="weights in so many bits (needs bitsandbytes)")
+        for role in ("target", "draft"):
+            out.add_argument(f"--{role}-revision", metavar="R", help="branch, tag or commit of a hub id (default main)")
+        out.add_argument(
+            "--trust-remote-code", action="store_true",
+            help="run the Python code that comes with a model; says whose on stderr and in the manifest",
+        )  # fmt: skip
+
+    def template(out: Parser) -> None:
+        out.add_argument(
+            "--template", choices=TEMPLATES, default="chat",
+            help="chat: the tokenizer's own (default); llama2: [INST] .. [/INST]; alpaca, gsm8k, human-eval: "
+                 "SpecDec++'s wordings in [INST] .. [/INST]; plain: the text as it is",
+        )  # fmt: skip
+
+    def prompts(out: Parser, required: bool = True) -> None:
+        out.add_argument(
+            "--prompts", required=required, metavar="FILE",
+            help="objects with prompt, messages, tokens, instruction (and input) or question, one a line or in one "
+                 "JSON array; or human-eval",
+        )  # fmt: skip
+        out.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
+        template(out)
 
     def recorded(out: Parser) -> None:
         out.add_argument("trace", metavar="TRACE", help="trace folder, made by `specstop record` or `import`")
@@ -210,12 +239,17 @@ def build_parser() -> Parser:
 
     record = verb(
         "record", "run a real draft/target pair over prompts and keep everything a rule can meet",
-        "A recording that was killed goes on where it was when the same command is given again.",
+        "A recording that was killed goes on where it was when the same command is given again. Or, with --logits, "
+        "make a trace from logits: a safetensors file with tokens, offsets, draft_logits and target_logits (or "
+        "draft_top_ids, draft_top_logits, draft_logsumexp, and so on), see realmodels/logits.py.",
     )  # fmt: skip
-    pair(record)
-    record.add_argument("--prompts", required=True, metavar="FILE.jsonl", help="one JSON object a line, or human-eval")
-    record.add_argument("--out", required=True, metavar="DIR", help="the trace folder; must not hold a trace yet")
-    record.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts")
+    pair(record, required=False)
+    prompts(record, required=False)
+    record.add_argument("--logits", metavar="FILE.safetensors", help="in the place of --target, --draft and --prompts")
+    record.add_argument(
+        "--impute", action="store_true", help="of --logits: make up features past a rejection; the trace says so"
+    )
+    record.add_argument("--out", metavar="DIR", help="the trace folder; must not hold a trace yet")
     record.add_argument(
         "--shard", metavar="I/N", type=part, default=(1, 1),
         help="record every N-th block of requests from the I-th on: into one folder, or one each for `merge`",
@@ -265,9 +299,12 @@ def build_parser() -> Parser:
     pair(decode)
     decode.add_argument("--policy", metavar="P", required=True, help="a stopping rule; see `specstop policies`")
     said = decode.add_mutually_exclusive_group(required=True)
-    said.add_argument("--prompt", metavar="TEXT", help="goes through the chat template, if any")
-    said.add_argument("--prompts", metavar="FILE.jsonl", help="one JSON object a line, or human-eval; one result each")
+    said.add_argument("--prompt", metavar="TEXT", help="goes through the template")
+    said.add_argument(
+        "--prompts", metavar="FILE", help="a file of prompts as in `record`, or human-eval; one result each"
+    )
     decode.add_argument("--limit", type=whole_number(1, 10**9), help="use the first so many prompts of the file")
+    template(decode)
     decode.add_argument(
         "--trace", help="recorded with this pair: calibrates the signal that the rule reads, fits or solves the rule"
     )
@@ -356,9 +393,14 @@ def _run(argv: Sequence[str]) -> int:
     if args.verb is None:
         parser.error("a verb is missing")
     import_module("specstop.settings").prepare()
-    name = args.verb.replace("-", "_")
+    return function_of(args.verb)(args)
+
+
+def function_of(verb: str) -> Callable[[argparse.Namespace], int]:
+    """What runs a verb."""
+    name = verb.replace("-", "_")
     name += "_" * keyword.iskeyword(name)  # a function cannot be called `import`
-    return getattr(import_module(f"specstop.{HOMES.get(args.verb, 'verbs')}"), name)(args)
+    return getattr(import_module(f"specstop.{HOMES.get(verb, 'verbs')}"), name)
 
 
 def _describe(error: ValueError | OSError) -> str:

@@ -7,11 +7,12 @@ hidden states; times are those of `--cost`, or measured with the trace.
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
+from specstop.models import load_pair_from, sampling
 from specstop.output import emit, json_line, key_values, table
 from specstop.traces import load_trace
 
@@ -47,10 +48,9 @@ def decode(args: Namespace) -> int:
         raise ValueError(f"policy {spec.text!r}: fit=1 is fitted to a trace; give --trace")
 
     from realmodels.decode import decode_each
-    from realmodels.pair import load_pair
     from realmodels.prompts import read_prompts, tokenise
 
-    sampling = _sampling(args)
+    settings = sampling(args)
     given = [("--prompt", {"prompt": args.prompt})] if args.prompts is None else read_prompts(args.prompts, args.limit)
     head = None
     if args.head is not None:
@@ -60,15 +60,15 @@ def decode(args: Namespace) -> int:
         if trace is not None and "head" in {*wanted, signal}:
             trace = apply_head(head, trace)
     spec, model, cost = _ready(spec, signal, wanted, trace, cost, args.max_candidates)
-    pair = load_pair(args.target, args.draft)
+    pair = load_pair_from(args)
     if trace is not None:
         pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
     if pair.tokenizer is None and args.prompts is None:
         raise ValueError("--prompt: this pair has no tokenizer, it cannot read text")
-    prompts = tokenise(given, pair)
+    prompts = tokenise(given, pair, args.template)
     # the true acceptance probability is known only where the target scores what was drafted
     options: dict[str, Any] = {"score": args.score or PERFECT in {*wanted, signal}}
-    options |= {"estimator": model, "head": head, "cost": cost, **sampling}
+    options |= {"estimator": model, "head": head, "cost": cost, **settings}
     runs: list[Decoded] = []
     for run in decode_each(pair, prompts, spec, **options):
         runs.append(run)
@@ -86,13 +86,6 @@ def decode(args: Namespace) -> int:
         rows = [{"request": str(r), **_counts(run.tally)} for r, run in enumerate(runs)]
         emit(table([*rows, {"request": "all", **_counts(total(runs))}]))
     return DONE
-
-
-def _sampling(args: Namespace) -> dict[str, Any]:
-    """What was typed of `realmodels.sampling.Sampling`, checked."""
-    from realmodels.sampling import Sampling
-
-    return asdict(Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__}))
 
 
 def _wanted(spec: "PolicySpec") -> frozenset[str]:

@@ -2,23 +2,30 @@
 
 import time
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specstop.models import load_pair_from, need, pair_settings, sampling
 from specstop.output import emit, json_line, key_values
 
 if TYPE_CHECKING:
     from mdp.trace import Trace
 
-__all__ = ["merge", "record", "sampling"]
+__all__ = ["merge", "record"]
 
 DONE = 0
 
 
 def record(args: Namespace) -> int:
-    """Run a real pair over prompts and write the trace, or a part of it."""
-    from realmodels.prompts import read_prompts, tokenise
+    """Run a real pair over prompts, or read its logits, and write the trace, or a part of it."""
+    need(args, *(["out"] if args.logits else ["target", "draft", "prompts", "out"]))
+    if args.impute and not args.logits:
+        raise ValueError("--impute: goes with --logits; a recording holds what was drafted past a rejection")
+    if args.logits:
+        from specstop.logits import record_logits
+
+        return record_logits(args)
+    from realmodels.prompts import about_prompts, read_prompts, tokenise
     from realmodels.record import Plan, check_folder
 
     start = time.perf_counter()
@@ -33,7 +40,6 @@ def record(args: Namespace) -> int:
     }
     if args.hidden and args.no_tokens:
         raise ValueError("--hidden: hidden states tell the text, so not with --no-tokens")
-    models = {"target": args.target, "draft": args.draft}
     out, part = Path(args.out), args.shard
     if not (out / "recording.json").exists():  # else its settings are compared once the models are known
         check_folder(out)
@@ -43,14 +49,15 @@ def record(args: Namespace) -> int:
         from realmodels.cluster import record_on_cluster
 
         trace = record_on_cluster(
-            models, prompts, out, workers=args.workers, scheduler=args.scheduler, part=part, **settings
-        )
+            pair_settings(args), prompts, out, source=args.prompts, template=args.template, workers=args.workers,
+            scheduler=args.scheduler, part=part, **settings,
+        )  # fmt: skip
     else:
-        from realmodels.pair import load_pair
         from realmodels.record import record_part
 
-        pair = load_pair(**models)
-        trace = record_part(pair, tokenise(prompts, pair), out, part, **settings)
+        pair = load_pair_from(args)
+        about = about_prompts(args.prompts, pair, args.template)
+        trace = record_part(pair, tokenise(prompts, pair, args.template), out, part, about_prompts=about, **settings)
     if trace is None:
         result = {"part": args.out, "shard": "{}/{}".format(*part)}
         emit(json_line(result) if args.json else f"{key_values(result)}\n\nmerge the parts once all are there:\n"
@@ -93,10 +100,3 @@ def _report(args: Namespace, trace: "Trace", folder: str, seconds: float) -> Non
     result |= {f"tokens, {key.replace('_', ' ')}": value for key, value in result.pop("tokens").items()}
     result |= {f"peak memory, {key}": f"{value / 2**30:.2f} GB" for key, value in result.pop("peak_memory").items()}
     emit(key_values(result))
-
-
-def sampling(args: Namespace) -> dict[str, Any]:
-    """What was typed of `realmodels.sampling.Sampling`, checked."""
-    from realmodels.sampling import Sampling
-
-    return asdict(Sampling(**{name: getattr(args, name) for name in Sampling.__dataclass_fields__}))

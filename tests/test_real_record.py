@@ -120,7 +120,7 @@ def test_how_much_is_read_at_a_time_changes_nothing(pair, tmp_path, monkeypatch,
         monkeypatch.setattr(f"realmodels.coupled.{name}", value)
     is_the_same(wanted, record(pair, prompts, tmp_path / "little", **settings))
     monkeypatch.undo()
-    monkeypatch.setattr("realmodels.coupled.Reader", AllRows)
+    monkeypatch.setattr("realmodels.pair.Reader", AllRows)
     is_the_same(wanted, record(pair, prompts, tmp_path / "all rows", **settings, store_hidden=True))
 
 
