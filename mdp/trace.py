@@ -52,7 +52,7 @@ the entropy of q in nats. The last three are taken from the draft's law at tempe
 _P_SIDE = ("token_accept_prob", "step_accept_prob")
 _OPTIONAL = ("token", "draft_token", "head", "hidden", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
              "target_top_logprobs", "run_length", "tested")  # fmt: skip
-_ROLLOUT_OPTIONAL = ("draft_token", "head", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
+_ROLLOUT_OPTIONAL = ("draft_token", "head", "hidden", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
                      "target_top_logprobs")  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def _branch(
         packed[2] = PADDING
         packed[:, row, slot] = torch.stack([token[active], fork[active] + step, active, fork[active]])
         tokens, at, owner, forks = packed
-        logits = draft.read(tokens, at, owner, forks)[row, slot]
+        logits = draft.read(tokens, at, owner, forks, keep_hidden=contents.hidden)[row, slot]
         q, shown = sampling.law(logits), sampling.feature_law(logits)
         y = draw(q, coin[active, step].to(logits.device))
         p = sampling.law(target.read(tokens, at, owner, forks)[row, slot])
@@ -171,6 +171,8 @@ def _branch(
             _drafted(pair, contents, p, q, shown, y)
             | {"drafts_end": drafts_end.numpy(), "request": row.numpy(), "position": position[active].numpy()}
         )
+        if draft.hidden is not None:
+            rows[-1]["hidden"] = draft.hidden[row, slot].half().cpu().numpy()
         token[active] = y.cpu()
         active = active[~drafts_end]
     if not rows:

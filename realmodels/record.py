@@ -58,7 +58,7 @@ def record(
         prompts: token ids, one list a request (`realmodels.pair.load_prompts`).
         store_top: how many of each law's most probable tokens are kept; 0 for none.
         store_tokens: False leaves out everything that tells the text: tokens, top tokens, hidden states.
-        store_hidden: keep the draft's last hidden state behind each on-path law, for training heads.
+        store_hidden: keep the draft's last hidden state behind each law, on the path and along rollouts, for heads.
         timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
         progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
             if stderr is a terminal.
@@ -142,7 +142,7 @@ def _assemble(records: list[tuple[Columns, Columns]], sampling: Sampling, manife
         rollout_drafts_end=rollout("drafts_end"),
         rollout_features={key: rollout(key) for key in FEATURES},
         optional={key: path(key) for key in present}
-        | {f"rollout_{key}": rollout(key) for key in present if key not in ("token", "hidden")},
+        | {f"rollout_{key}": rollout(key) for key in present if key != "token"},
         manifest=manifest,
     )
 
