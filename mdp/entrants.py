@@ -24,7 +24,7 @@ from mdp.policy import (
     write,
 )
 
-__all__ = ["Lacking", "catalogue", "check_symbols", "fit_depth", "label", "needs", "read"]
+__all__ = ["Lacking", "catalogue", "check_symbols", "fit_depth", "fit_lag", "label", "needs", "read"]
 
 
 class Lacking(ValueError):
@@ -137,6 +137,12 @@ def fit_depth(text: str, policy: Policy, max_candidates: int, num_regimes: int |
         raise ValueError(f"policy {text!r}: its table must have {expected} here (regimes), it has {columns}")
     stop = np.full((max_candidates - rows, columns), np.inf)
     return ThresholdTable(np.concatenate([policy.survival_threshold, stop]))
+
+
+def fit_lag(policy: Policy, head_lag: int) -> Policy:
+    """The rule in a world whose head comes `head_lag` candidates late by itself: that counts once, not twice."""
+    own = getattr(policy, "lag", 0)
+    return replace(policy, lag=max(own - head_lag, 0)) if own and head_lag and "head" in policy.needs else policy  # type: ignore[type-var]
 
 
 def check_symbols(text: str, policy: Policy, num_symbols: int) -> None:

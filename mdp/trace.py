@@ -69,7 +69,10 @@ class Trace:
         features: each of `FEATURES`, [N].
         rollout_offsets: [N + 1] first rollout step of each position; None if none were recorded.
         rollout_drafts_end: [M]; rollout_features: each [M]; p-side ones absent if rollouts were not scored.
-        optional: arrays that may be left out, such as `token` (privacy) or `hidden`.
+        optional: arrays that may be left out, such as `token` (privacy). `hidden` [N, width] is the draft's last
+            hidden state, the one that its law at the position is made from; `rollout_hidden` [M, width] likewise.
+            `head`, `rollout_head` are a head's predicted acceptance probability of the drafted token, nan where the
+            state that tells it was not recorded.
         manifest: models, sampling parameters, seed, request ids, measured times, versions.
     """
 
@@ -98,6 +101,11 @@ class Trace:
         return int(self.manifest["max_candidates"])
 
     @property
+    def head_lag(self) -> int:
+        """How many candidates late the scores in `head` become known, 0 or 1; see `realmodels.head`."""
+        return int((self.manifest.get("head") or {}).get("lag", 0))
+
+    @property
     def request_ids(self) -> list[str]:
         """One stable id per request, by which requests are split into halves."""
         return list(self.manifest["request_ids"])
@@ -124,6 +132,9 @@ class Trace:
         need(whole, f"max_candidates must be in 1..1024, got {depth!r:.60}")
         measured = manifest.get("measured")
         need(measured is None or isinstance(measured, Mapping), f"measured must be an object, got {measured!r:.60}")
+        head = manifest.get("head")
+        known = head is None or (isinstance(head, Mapping) and head.get("lag", 0) in (0, 1))
+        need(known, f"head must be an object with a lag of 0 or 1, got {head!r:.60}")
         for key in ("offsets", "limit"):
             need_numbers(key, "iu")
         for key in ("ends", "accepted", "drafts_end"):
