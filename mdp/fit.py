@@ -141,8 +141,10 @@ class SignalModel:
         return cls(signal=data["signal"], lag=int(data.get("lag", 0)), **arrays)
 
 
-def split_requests(trace: Trace) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
+def split_requests(trace: Trace, share: float = 0.5) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
     """Requests to fit on and requests to score on, by the order of their ids' hashes: nobody chooses.
+
+    `share` of all are to fit on; those of a smaller share are among those of a larger one.
 
     Recorded requests with the same prompt (ids "SHA-256 of the prompt-number") stay together, or a prompt would be
     scored on itself.
@@ -158,7 +160,7 @@ def split_requests(trace: Trace) -> tuple[Int[np.ndarray, " train"], Int[np.ndar
         raise ValueError(f"trace: a fitted signal needs at least 2 different prompts to split, got {len(groups)}")
     order = sorted(groups.values(), key=lambda group: hashlib.sha256(ids[group[0]].encode()).hexdigest())
     sizes = np.cumsum([len(group) for group in order])
-    cut = int(np.clip(np.searchsorted(sizes, len(ids) // 2, side="right"), 1, len(order) - 1))
+    cut = int(np.clip(np.searchsorted(sizes, int(len(ids) * share), side="right"), 1, len(order) - 1))
     train, test = (np.array(sorted(chain.from_iterable(part))) for part in (order[:cut], order[cut:]))
     return train, test
 
