@@ -224,8 +224,10 @@ def following(trace: Trace) -> np.ndarray:
     return np.concatenate([after, steps])
 
 
-def save_head(head: Head, out: str | Path) -> Path:
+def save_head(head: Head, out: str | Path, beside: Mapping[str, Any] | None = None) -> Path:
     """Write the folder: all of it or nothing; the same head gives the same bytes.
+
+    `beside`: further files of it, name -> what goes in as JSON.
 
     Raises:
         ValueError: if `out` is there already and is not an empty folder.
@@ -252,14 +254,16 @@ def save_head(head: Head, out: str | Path) -> Path:
         "shared_blocks": module.shared_blocks, "rejection_weight": head.rejection_weight, **head.manifest,
         "model_sha256": hashlib.sha256(data).hexdigest(),
     }  # fmt: skip
-    text = json.dumps(manifest, indent=1, allow_nan=False)  # what cannot be written is found before anything is
+    # what cannot be written is found before anything is
+    texts = {name: json.dumps(value, indent=1, allow_nan=False) for name, value in (beside or {}).items()}
+    texts |= {"config.json": json.dumps(config), "manifest.json": json.dumps(manifest, indent=1, allow_nan=False)}
     out.parent.mkdir(parents=True, exist_ok=True)
     half = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     half.mkdir()
     try:
         (half / "model.safetensors").write_bytes(data)
-        (half / "config.json").write_text(json.dumps(config))
-        (half / "manifest.json").write_text(text)
+        for name, text in texts.items():
+            (half / name).write_text(text)
         half.replace(out)
     except BaseException:
         shutil.rmtree(half, ignore_errors=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
+from specstop.heads import train_head, with_head
 from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
 from specstop.traces import load_trace
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "audit", "check", "decode", "demo", "evaluate", "import_", "policies", "record", "replay", "schema", "simulate",
-    "solve", "study", "sweep", "validate",
+    "solve", "study", "sweep", "train_head", "validate",
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3
@@ -161,7 +162,7 @@ def replay(args: Namespace) -> int:
 
     from simulate.replay import check, replay
 
-    trace = load_trace(args.trace)
+    trace = with_head(load_trace(args.trace), args.head)
     specs = inputs.read_policies(args.policies, max_candidates=trace.max_candidates)
     specs, lacking = inputs.able(args.policies, specs, lambda spec: check(trace, spec))
     if cost is not None:
