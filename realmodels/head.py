@@ -4,9 +4,9 @@ r"""The acceptance prediction head of SpecDec++: how likely is it that the targe
 draft's last hidden state and a linear layer to two logits, the second for "accept". The released code repeats one
 block D times, so its D blocks share their weights (`shared_blocks=True`, the default).
 
-*Variants.* `published` reads the state *after* the candidate, which the draft reaches only while it drafts the next one:
-its scores come one candidate late (`lag` 1). `matched` reads the state that the candidate's law came from, with the
-candidate's draft probability and the entropy: no lag.
+*Variants.* `published` reads the state *after* the candidate, which the draft reaches only while it drafts the next
+one: its scores come one candidate late (`lag` 1). `matched` reads the state that the candidate's law came from, with
+the candidate's draft probability and the entropy: no lag.
 
 *Bias* (theory, F6). With weight w on rejections the trained output is $y = m/(m + w(1 - m))$ where acceptance has
 probability m, so $\mathrm{logit}(m) = \mathrm{logit}(y) + \ln w$: one shift of the logits, which `score` makes unless
@@ -14,9 +14,9 @@ told otherwise.
 
 *Files.* A head is a folder: `model.safetensors` and `config.json` {hidden_size, num_layers} as PyTorchModelHubMixin
 writes them (`model.0.linear.weight`, ..., `model.D.weight`; blocks that are shared are stored once), and our
-`manifest.json` with variant, weight, lag, inputs, provenance and metrics. Published folders have none: theirs are scores
-as they are, with lag 1. Where inputs are standardised, `input.mean` and `input.scale` are stored beside the weights; the
-released class cannot load those, and `published` heads hold none.
+`manifest.json` with variant, weight, lag, inputs, provenance and metrics. Published folders have none: theirs are
+scores as they are, with lag 1. Where inputs are standardised, `input.mean` and `input.scale` are stored beside the
+weights; the released class cannot load those, and `published` heads hold none.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
 
 
 class AcceptanceHead(nn.Module):
-    """`num_layers` residual blocks and a linear layer to 2 logits; index 1 is "accept". One block if they are shared."""
+    """`num_layers` residual blocks, one if they are shared, and a linear layer to 2 logits; index 1 is "accept"."""
 
     def __init__(self, hidden_size: int, num_layers: int, shared_blocks: bool = True):
         super().__init__()

@@ -4,10 +4,10 @@ With labels $a_t = \min(1, p/q)$, output $y_t$ and weight w on rejections the lo
 
 $$\frac{\sum_t w (1 - a_t) (-\ln(1 - y_t)) + a_t (-\ln y_t)}{\sum_t w (1 - a_t) + a_t} ,$$
 
-whose minimiser is $y = m/(m + w(1 - m))$ (theory, F6). Of what is known of the published recipe the cosine schedule with
-3 % warm-up is kept; its 3 epochs in batches of 32 texts suit 40,000 texts, not the few here, so that epochs, batches, step size
-and weight decay are ours. A part of the training half's requests is held back: training ends once its loss has not fallen
-for `patience` epochs, and the best epoch's weights are kept. Blocks start by changing nothing and the last layer at a
+whose minimiser is $y = m/(m + w(1 - m))$ (theory, F6). Of the published recipe the cosine schedule with 3 % warm-up is
+kept; its 3 epochs in batches of 32 texts suit 40,000 texts, not the few here: epochs, batches, step size and weight
+decay are ours. A part of the training half's requests is held back: training ends once its loss has not fallen for
+`patience` epochs, and the best epoch's weights are kept. Blocks start by changing nothing and the last layer at a
 logistic regression on the inputs beside the hidden state (also ours): a head that learns nothing is no worse than that.
 """
 

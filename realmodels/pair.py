@@ -57,7 +57,7 @@ class ModelPair:
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def check_recorded(self, models: Any, name: str) -> None:
-        """Refuse a trace, `models` in its manifest, that another pair recorded: what it calibrates would not hold here."""
+        """Refuse a trace, `models` in its manifest, of another pair: what it calibrates would not hold here."""
         check_same_models(self.provenance, models, name, "this")
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:

@@ -49,7 +49,9 @@ class Earned(NamedTuple):
     tally: Tally
 
 
-def on_path(trace: Trace, requests: Int[np.ndarray, " r"], predicted: Float[np.ndarray, " N"]) -> tuple[np.ndarray, ...]:
+def on_path(
+    trace: Trace, requests: Int[np.ndarray, " r"], predicted: Float[np.ndarray, " N"]
+) -> tuple[np.ndarray, ...]:
     """Prediction, acceptance probability and request of the positions of some requests; unscored ones are left out."""
     owner = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
     chosen = np.isin(owner, requests) & np.isfinite(predicted)
@@ -58,7 +60,10 @@ def on_path(trace: Trace, requests: Int[np.ndarray, " r"], predicted: Float[np.n
 
 
 def quality(
-    predicted: Float[np.ndarray, " n"], accept_prob: Float[np.ndarray, " n"], request: Int[np.ndarray, " n"], seed: int = 0
+    predicted: Float[np.ndarray, " n"],
+    accept_prob: Float[np.ndarray, " n"],
+    request: Int[np.ndarray, " n"],
+    seed: int = 0,
 ) -> Quality:
     """All four figures.
 
@@ -122,9 +127,7 @@ def reliability(predicted: Float[np.ndarray, " n"], accept_prob: Float[np.ndarra
     return _bins(np.asarray(predicted)[order], np.asarray(accept_prob)[order], np.ones(len(order)))
 
 
-def earned(
-    trace: Trace, policy: str, requests: Int[np.ndarray, " r"], cost: Cost
-) -> Earned:
+def earned(trace: Trace, policy: str, requests: Int[np.ndarray, " r"], cost: Cost) -> Earned:
     """What one policy earns on some requests."""
     log = replay_rounds(trace, policy, cost=cost, requests=requests)
     tally = log.tally(cost.round_times(trace.max_candidates), np.unique(requests))

@@ -88,7 +88,9 @@ def _recipes(args: Namespace, variants: Sequence[str]) -> list[Any]:
         depths = DEPTHS if args.grid and args.depth is None else (depth if args.depth is None else args.depth,)
         weights = WEIGHTS if args.grid and args.weight is None else (weight if args.weight is None else args.weight,)
         out += [
-            Recipe(variant, d, w, shared_blocks=not args.separate_blocks, seed=args.seed) for d in depths for w in weights
+            Recipe(variant, d, w, shared_blocks=not args.separate_blocks, seed=args.seed)
+            for d in depths
+            for w in weights
         ]
     return out
 
@@ -257,7 +259,8 @@ def _text(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any], about: Mapp
         clear = abs(row["gain"]) > 2.0 * row["gain_se"]
         words.append(
             f"best fixed length {best['policy']}: {best['throughput']:.4g} ({about['cost_origin']} times); the head "
-            f"gains {row['gain']:.3g} on it, standard error {row['gain_se']:.2g}" + ("" if clear else ": not clear of 0")
+            f"gains {row['gain']:.3g} on it, standard error {row['gain_se']:.2g}"
+            + ("" if clear else ": not clear of 0")
         )
     if about["best_fixed_measured"] and about["cost_origin"] != "measured":
         words.append(
