@@ -237,17 +237,16 @@ def save_head(head: Head, out: str | Path, beside: Mapping[str, Any] | None = No
     out = Path(out)
     check_out(out)
     module = head.module
-    tensors, repeated = {}, {}
-    for key, value in module.state_dict().items():
-        match = _BLOCK_KEY.fullmatch(key)
-        if module.shared_blocks and match and int(match[1]) > 0:
-            repeated[key] = f"model.0.linear.{match[2]}"  # as safetensors notes tensors that it stores once
-        else:
-            tensors[key] = value.detach().contiguous().float()
+    # A shared block is stored once, under its first name; loading into the released module finds the others by identity.
+    tensors = {
+        key: value.detach().contiguous().float()
+        for key, value in module.state_dict().items()
+        if not (module.shared_blocks and (match := _BLOCK_KEY.fullmatch(key)) and int(match[1]) > 0)
+    }
     for name in ("mean", "scale"):
         if getattr(head, name) is not None:
             tensors[f"input.{name}"] = getattr(head, name).contiguous()
-    data = to_bytes(tensors, metadata={"format": "pt", **repeated})
+    data = to_bytes(tensors, metadata={"format": "pt"})  # several entries would come in any order
     config = {"hidden_size": module.hidden_size, "num_layers": module.num_layers}
     manifest = {
         "schema_version": SCHEMA_VERSION, "variant": head.variant, "lag": head.lag, "inputs": list(head.inputs),
