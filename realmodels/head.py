@@ -237,7 +237,7 @@ def save_head(head: Head, out: str | Path, beside: Mapping[str, Any] | None = No
     out = Path(out)
     check_out(out)
     module = head.module
-    # A shared block is stored once, under its first name; loading into the released module finds the others by identity.
+    # A shared block is stored once, under its first name; the released module's loader knows the others to be it.
     tensors = {
         key: value.detach().contiguous().float()
         for key, value in module.state_dict().items()

@@ -14,7 +14,7 @@ from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 VERBS = (
-    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "audit", "import", "validate",
+    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "train-head", "audit", "import", "validate",
     "decode", "demo", "schema", "policies",
 )  # fmt: skip
 
@@ -215,7 +215,7 @@ def test_every_verb_has_a_function_and_json_and_help(run):
     code, out, err = run("--help")
     assert (code, err) == (0, "")
     for verb in VERBS:
-        assert callable(getattr(verbs, {"import": "import_"}.get(verb, verb))) and verb in out
+        assert callable(getattr(verbs, {"import": "import_"}.get(verb, verb.replace("-", "_")))) and verb in out
         code, text, err = run(verb, "--help")
         assert (code, err) == (0, "") and "--json" in text
     (choices,) = [action.choices for action in build_parser()._actions if action.dest == "verb"]
