@@ -14,8 +14,8 @@ from specstop.cli import build_parser, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 VERBS = (
-    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "train-head", "audit", "import", "validate",
-    "decode", "demo", "schema", "policies",
+    "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "train-head", "audit",
+    "import", "validate", "decode", "demo", "schema", "policies",
 )  # fmt: skip
 
 
