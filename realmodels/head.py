@@ -36,7 +36,10 @@ from torch import Tensor, nn
 from mdp.trace import Trace
 from realmodels.pair import check_same_models
 
-__all__ = ["LAGS", "VARIANTS", "AcceptanceHead", "Head", "HeadScorer", "apply_head", "load_head", "save_head"]
+__all__ = [
+    "FEATURES", "LAGS", "VARIANTS", "AcceptanceHead", "Head", "HeadScorer", "apply_head", "check_out", "following",
+    "load_head", "save_head",
+]  # fmt: skip
 
 SCHEMA_VERSION = 1
 VARIANTS = {"published": ("hidden",), "matched": ("hidden", "draft_prob", "entropy")}
@@ -47,6 +50,7 @@ MAX_WIDTH, MAX_LAYERS = 2**16, 64
 MAX_JSON_BYTES, MAX_WEIGHT_BYTES = 2**20, 4 * 2**30
 ROWS = 8192  # scored at a time
 FEATURES = ("draft_prob", "top_prob", "entropy")
+"""What a head may read beside the hidden state."""
 _BLOCK_KEY = re.compile(r"model\.([0-9]{1,3})\.linear\.(weight|bias)")
 
 

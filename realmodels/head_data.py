@@ -46,8 +46,11 @@ class Examples:
         return Examples(self.inputs[chosen], self.accept_prob[chosen], self.request[chosen])
 
 
-def matched_examples(trace: Trace, requests: Sequence[int]) -> Examples:
+def matched_examples(trace: Trace, requests: Sequence[int], inputs: Sequence[str] = VARIANTS["matched"]) -> Examples:
     """Every position and rollout step of the requests, as recorded.
+
+    Args:
+        inputs: `hidden`, then features of the trace.
 
     Raises:
         ValueError: if the trace lacks hidden states, or rollouts that the target scored.
@@ -66,7 +69,7 @@ def matched_examples(trace: Trace, requests: Sequence[int]) -> Examples:
         return both[chosen].astype(np.float32)
 
     states = np.concatenate([hidden, rolled])[chosen].astype(np.float32)
-    scalars = [column(name)[:, None] for name in VARIANTS["matched"][1:]]
+    scalars = [column(name)[:, None] for name in inputs[1:]]
     label = np.clip(column("token_accept_prob"), 0.0, 1.0)
     return Examples(torch.from_numpy(np.hstack([states, *scalars])), torch.from_numpy(label), everyone[chosen])
 

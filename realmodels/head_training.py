@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mdp.fit import split_requests
 from mdp.trace import Trace
-from realmodels.head import LAGS, VARIANTS, AcceptanceHead, Head
+from realmodels.head import FEATURES, LAGS, VARIANTS, AcceptanceHead, Head
 from realmodels.head_data import Examples, digest
 
 __all__ = ["Recipe", "fit_requests", "soft_cross_entropy", "train_head"]
@@ -41,6 +41,7 @@ class Recipe:
     Attributes:
         depth: residual blocks, 0..64; rejection_weight: w > 0. SpecDec++'s shared configuration is 3 and 6 [note].
         shared_blocks: one block for all, as released.
+        inputs: of `matched`: `hidden`, then some of `draft_prob`, `top_prob`, `entropy`; None: the variant's own.
         standardise: inputs to mean 0 and spread 1; None: all but `published`, whose files could not hold it.
         mixing_ratio: of `published` [code]: .15.
     """
@@ -49,6 +50,7 @@ class Recipe:
     depth: int = 1
     rejection_weight: float = 1.0
     shared_blocks: bool = True
+    inputs: tuple[str, ...] | None = None
     standardise: bool | None = None
     mixing_ratio: float = 0.15
     max_epochs: int = 40
@@ -62,6 +64,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if self.inputs is not None and self.reads != VARIANTS[self.variant] and (
+            self.variant == "published" or self.reads[:1] != ("hidden",) or len(set(self.reads)) < len(self.reads)
+            or not set(self.reads[1:]) <= set(FEATURES)
+        ):  # fmt: skip
+            allowed = "hidden alone" if self.variant == "published" else f"hidden, then some of {', '.join(FEATURES)}"
+            raise ValueError(f"inputs must be {allowed} for {self.variant} heads, got {', '.join(self.reads)}")
         for name, low, high in (("depth", 0, 64), ("max_epochs", 1, 10**6), ("patience", 1, 10**6),
                                 ("batch_size", 1, 2**20), ("seed", 0, 2**63 - 1)):  # fmt: skip
             value = getattr(self, name)
@@ -72,6 +80,10 @@ class Recipe:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
                 raise ValueError(f"{name} must be a number in [{low:g}, {high:g}], got {value!r}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        return VARIANTS[self.variant] if self.inputs is None else tuple(self.inputs)
 
     @property
     def standardises(self) -> bool:
@@ -122,6 +134,10 @@ def train_head(trace: Trace, examples: Examples, recipe: Recipe, *, progress: bo
         scale = fitted.inputs.std(0, correction=0)
         scale = torch.where(scale > 1e-6 * (1.0 + mean.abs()), scale, 1.0)  # a constant input says nothing
         fitted, held = (replace(part, inputs=(part.inputs - mean) / scale) for part in (fitted, held))
+    if examples.inputs.shape[1] < len(recipe.reads):
+        raise ValueError(
+            f"examples: they hold {examples.inputs.shape[1]} numbers, too few for {', '.join(recipe.reads)}"
+        )
     module = AcceptanceHead(examples.inputs.shape[1], recipe.depth, recipe.shared_blocks)
     _initialise(module, fitted, recipe)
     losses, best = _descend(module, fitted, held, recipe, generator, progress)
@@ -130,10 +146,11 @@ def train_head(trace: Trace, examples: Examples, recipe: Recipe, *, progress: bo
         "rejection_weight": float(recipe.rejection_weight),
         "shared_blocks": recipe.shared_blocks,
         "lag": LAGS[recipe.variant],
-        "inputs": list(VARIANTS[recipe.variant]),
+        "inputs": list(recipe.reads),
         "calibration": {"odds_factor": float(recipe.rejection_weight)},
         "training": {
-            **asdict(recipe), "standardise": recipe.standardises, "best_epoch": best, "epochs": len(losses) - 1,
+            **asdict(recipe), "inputs": list(recipe.reads), "standardise": recipe.standardises,
+            "best_epoch": best, "epochs": len(losses) - 1,
             "validation_loss": losses[best], "num_examples": len(fitted.request),
             "num_validation_examples": len(held.request), "num_requests": len(np.unique(fitted.request)),
             "torch": torch.__version__,
@@ -147,7 +164,7 @@ def train_head(trace: Trace, examples: Examples, recipe: Recipe, *, progress: bo
 
 def _address(recipe: Recipe) -> int:
     """Seed of this training's own draws: no two trainings of a grid share them."""
-    name = f"{recipe.seed}/head/{recipe.variant}/{recipe.depth}/{recipe.rejection_weight!r}"
+    name = f"{recipe.seed}/head/{recipe.variant}/{'+'.join(recipe.reads)}/{recipe.depth}/{recipe.rejection_weight!r}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") >> 1
 
 
@@ -156,7 +173,7 @@ def _initialise(module: AcceptanceHead, fitted: Examples, recipe: Recipe) -> Non
 
     A head that learns nothing from the hidden state is then no worse than that; without other inputs it is a constant.
     """
-    count = len(VARIANTS[recipe.variant]) - 1
+    count = len(recipe.reads) - 1
     columns = fitted.inputs[:, fitted.inputs.shape[1] - count :].double()
     columns = torch.cat([columns, torch.ones(len(columns), 1, dtype=torch.float64)], 1)
     slope = torch.zeros(count + 1, dtype=torch.float64, requires_grad=True)

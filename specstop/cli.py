@@ -223,6 +223,10 @@ def build_parser() -> Parser:
     train.add_argument(
         "--weight", type=number(1e-6, 1e6, "a number in (1e-6, 1e6)"), help="w on rejections (published 6, matched 1)"
     )
+    train.add_argument(
+        "--inputs", metavar="NAME", nargs="*",
+        help="matched: beside the hidden state (default draft_prob entropy; top_prob; none given: the state alone)",
+    )  # fmt: skip
     train.add_argument("--separate-blocks", action="store_true", help="each block with weights of its own")
     train.add_argument(
         "--grid", action="store_true", help="depths 0..4 x weights 1, 3, 6, 12; keeps the best, grid.json"

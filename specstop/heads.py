@@ -60,7 +60,7 @@ def train_head(args: Namespace) -> int:
     variants = [args.variant] if args.variant else list(VARIANTS) if args.grid else ["matched"]
     judge = Judge(trace, cost)
     recipes = _recipes(args, variants)
-    examples = {variant: _examples(args, trace, variant) for variant in variants}
+    examples = {recipe.variant: _examples(args, trace, recipe) for recipe in recipes[:: len(recipes) // len(variants)]}
     heads, rows = _train_all(trace, recipes, examples, judge)
     best = min(range(len(rows)), key=lambda i: rows[i]["validation_kl"])
     row = rows[best]
@@ -85,24 +85,25 @@ def _recipes(args: Namespace, variants: Sequence[str]) -> list[Any]:
     out = []
     for variant in variants:
         depth, weight = DEFAULTS[variant]
+        reads = None if args.inputs is None or (args.grid and variant == "published") else ("hidden", *args.inputs)
         depths = DEPTHS if args.grid and args.depth is None else (depth if args.depth is None else args.depth,)
         weights = WEIGHTS if args.grid and args.weight is None else (weight if args.weight is None else args.weight,)
         out += [
-            Recipe(variant, d, w, shared_blocks=not args.separate_blocks, seed=args.seed)
+            Recipe(variant, d, w, shared_blocks=not args.separate_blocks, inputs=reads, seed=args.seed)
             for d in depths
             for w in weights
         ]
     return out
 
 
-def _examples(args: Namespace, trace: "Trace", variant: str) -> "Examples":
+def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
     """The training half's examples; the published ones need the pair that recorded the trace, and its prompts."""
     from mdp.fit import split_requests
     from realmodels import head_data
 
     train, _ = split_requests(trace)
-    if variant == "matched":
-        return head_data.matched_examples(trace, train.tolist())
+    if recipe.variant == "matched":
+        return head_data.matched_examples(trace, train.tolist(), recipe.reads)
     from realmodels.pair import load_pair
     from realmodels.prompts import load_prompts
 
@@ -174,7 +175,7 @@ class Judge:
         training = head.manifest["training"]
         return {
             "variant": head.variant, "depth": head.module.num_layers, "weight": head.rejection_weight,
-            **_figures(before),
+            "inputs": list(head.inputs), **_figures(before),
             **{f"{key}_debiased": value for key, value in _figures(after).items() if not key.startswith("auroc")},
             "mean_predicted": float(shown[0].mean()), "mean_predicted_debiased": float(mended[0].mean()),
             "mean_true": float(shown[1].mean()), "validation_kl": validation.kl.value, **earned,

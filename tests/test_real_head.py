@@ -475,6 +475,16 @@ def test_what_tells_nothing_is_not_learnt(trace, telling):
     assert float(score) == pytest.approx(0.7, abs=0.05) and head.manifest["training"]["epochs"] <= 15
 
 
+@pytest.mark.parametrize("inputs", [("hidden",), ("hidden", "entropy", "top_prob", "draft_prob")])
+def test_inputs_can_be_chosen(trace, tmp_path, inputs):
+    train, _ = split_requests(trace)
+    examples = matched_examples(trace, train.tolist(), inputs)
+    head = train_head(trace, examples, Recipe(inputs=inputs, **QUICK | {"max_epochs": 2}))
+    again = load_head(save_head(head, tmp_path / "head"))
+    assert again.inputs == inputs and again.width == WIDTH
+    assert np.isfinite(apply_head(again, trace).optional["head"]).all()
+
+
 def test_same_seed_same_bytes(trace, telling, tmp_path):
     for name, seed in (("one", 3), ("two", 3), ("other", 4)):
         torch.manual_seed(hash(name) % 1000)  # nothing global is read
@@ -501,8 +511,8 @@ def test_examples_that_are_no_numbers_are_refused(trace, telling):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("variant", "x"), ("depth", 65), ("depth", True), ("rejection_weight", 0.0), ("seed", -1), ("mixing_ratio", 1.0),
-     ("learning_rate", float("nan"))],
+    [("variant", "x"), ("inputs", ("draft_prob",)), ("inputs", ("hidden", "token")), ("depth", 65), ("depth", True),
+     ("rejection_weight", 0.0), ("seed", -1), ("mixing_ratio", 1.0), ("learning_rate", float("nan"))],
 )  # fmt: skip
 def test_a_bad_recipe_is_named(field, value):
     with pytest.raises(ValueError, match=f"{field} must be"):
