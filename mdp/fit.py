@@ -42,10 +42,11 @@ RECORDED_ID = re.compile(r"([0-9a-f]{64})-[0-9]+")
 
 
 class SignalState(NamedTuple):
-    """What is known of the round so far: `survival` and the `regime` of the last candidate (0 at the start)."""
+    """What is known of the round so far: `survival`, the `regime` of the last candidate (0 at the start), how many."""
 
     survival: Any
     regime: Any
+    count: Any = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +59,7 @@ class SignalModel:
         edges: [Z - 2] lower edges of bins 2.. of the signal; None: no chain was fitted.
         transition: [Z, Z] the draft's chain over regimes, first row the law of a round's first candidate.
         regime_accept_prob: [Z] mean acceptance in each regime; entry 0 is never read by a solver.
+        lag: how many candidates late the signal is; those not scored yet count as accepted.
     """
 
     signal: str = PERFECT
@@ -66,6 +68,7 @@ class SignalModel:
     edges: np.ndarray | None = None
     transition: np.ndarray | None = None
     regime_accept_prob: np.ndarray | None = None
+    lag: int = 0
 
     def accept_prob(self, values: Any) -> Any:
         """Acceptance probability of a candidate that shows `values`: a float, or an array of them."""
@@ -88,12 +91,17 @@ class SignalModel:
 
     def start(self, size: int | None = None) -> SignalState:
         """The state before the first candidate: of one round, or of `size` rounds at once."""
-        return SignalState(1.0, 0) if size is None else SignalState(np.ones(size), np.zeros(size, dtype=np.int64))
+        if size is None:
+            return SignalState(1.0, 0)
+        return SignalState(np.ones(size), np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64))
 
     def update(self, state: SignalState, features: Mapping[str, Any]) -> SignalState:
         """The state after one more candidate, which shows `features`."""
         values = features[self.signal]
-        return SignalState(state.survival * self.accept_prob(values), self.regime(values))
+        accept_prob = self.accept_prob(values)
+        if self.lag:
+            accept_prob = np.where(state.count < self.lag, 1.0, accept_prob)[()]
+        return SignalState(state.survival * accept_prob, self.regime(values), state.count + 1)
 
     def observation(self, state: SignalState, num_candidates: Any, features: Mapping[str, Any]) -> Observation:
         """What a rule sees with `num_candidates` drafted; `features` are the last candidate's, other names ignored."""
@@ -130,11 +138,13 @@ class SignalModel:
             what = f"unknown key {unknown[0]!r}" if unknown else f"signal must be one of {', '.join(SIGNALS)}"
             raise ValueError(f"signal model: {what}")
         arrays = {key: np.array(value, dtype=float) for key, value in data.items() if isinstance(value, list)}
-        return cls(signal=data["signal"], **arrays)
+        return cls(signal=data["signal"], lag=int(data.get("lag", 0)), **arrays)
 
 
-def split_requests(trace: Trace) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
+def split_requests(trace: Trace, share: float = 0.5) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " test"]]:
     """Requests to fit on and requests to score on, by the order of their ids' hashes: nobody chooses.
+
+    `share` of all are to fit on; those of a smaller share are among those of a larger one.
 
     Recorded requests with the same prompt (ids "SHA-256 of the prompt-number") stay together, or a prompt would be
     scored on itself.
@@ -150,7 +160,7 @@ def split_requests(trace: Trace) -> tuple[Int[np.ndarray, " train"], Int[np.ndar
         raise ValueError(f"trace: a fitted signal needs at least 2 different prompts to split, got {len(groups)}")
     order = sorted(groups.values(), key=lambda group: hashlib.sha256(ids[group[0]].encode()).hexdigest())
     sizes = np.cumsum([len(group) for group in order])
-    cut = int(np.clip(np.searchsorted(sizes, len(ids) // 2, side="right"), 1, len(order) - 1))
+    cut = int(np.clip(np.searchsorted(sizes, int(len(ids) * share), side="right"), 1, len(order) - 1))
     train, test = (np.array(sorted(chain.from_iterable(part))) for part in (order[:cut], order[cut:]))
     return train, test
 
@@ -169,7 +179,7 @@ def position_signal(trace: Trace, signal: str, rollout: bool = False) -> Float[n
 
 
 def fit_signal(trace: Trace, signal: str, requests: Int[np.ndarray, " train"]) -> SignalModel:
-    """Calibration and chain of one signal, from the given requests alone.
+    """Calibration and chain of one signal, from the given requests alone; no chain for a signal that comes late.
 
     Raises:
         ValueError: if the trace does not hold the signal, or no rollouts.
@@ -178,11 +188,17 @@ def fit_signal(trace: Trace, signal: str, requests: Int[np.ndarray, " train"]) -
         raise ValueError(f"trace: signal {signal} cannot be fitted without rollouts")
     chosen = np.isin(np.arange(trace.num_requests), requests)
     positions = np.flatnonzero(np.repeat(chosen, np.diff(trace.offsets)))
+    lag = trace.head_lag if signal == "head" else 0
+    if lag:
+        # Where the state that tells the score was not recorded, no round gets to see it.
+        positions = positions[np.isfinite(position_signal(trace, signal)[positions])]
     values = position_signal(trace, signal)[positions]
     accept_prob = np.clip(position_signal(trace, PERFECT)[positions], 0.0, 1.0)
     knots = levels = None
     if signal != PERFECT:
         knots, levels = _calibrate(values, accept_prob, increasing=signal not in DECREASING)
+    if lag:
+        return SignalModel(signal, knots, levels, lag=lag)
     binned = SignalModel(signal, knots, levels, edges=_edges(values))
     here, there = _transitions(trace, binned, positions)
     size = 2 + len(binned.edges)  # type: ignore[arg-type]

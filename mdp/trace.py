@@ -55,7 +55,7 @@ the entropy of q in nats. The last three are taken from the draft's law at tempe
 _P_SIDE = ("token_accept_prob", "step_accept_prob")
 _OPTIONAL = ("token", "draft_token", "head", "hidden", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
              "target_top_logprobs", "run_length", "tested")  # fmt: skip
-_ROLLOUT_OPTIONAL = ("draft_token", "head", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
+_ROLLOUT_OPTIONAL = ("draft_token", "head", "hidden", "draft_top_ids", "draft_top_logprobs", "target_top_ids",
                      "target_top_logprobs")  # fmt: skip
 
 
@@ -72,7 +72,10 @@ class Trace:
         features: each of `FEATURES`, [N].
         rollout_offsets: [N + 1] first rollout step of each position; None if none were recorded.
         rollout_drafts_end: [M]; rollout_features: each [M]; p-side ones absent if rollouts were not scored.
-        optional: arrays that may be left out, such as `token` (privacy) or `hidden`.
+        optional: arrays that may be left out, such as `token` (privacy). `hidden` [N, width] is the draft's last
+            hidden state, the one that its law at the position is made from; `rollout_hidden` [M, width] likewise.
+            `head`, `rollout_head` are a head's predicted acceptance probability of the drafted token, nan where the
+            state that tells it was not recorded.
         manifest: models, sampling parameters, seed, request ids, measured times, versions.
     """
 
@@ -108,6 +111,11 @@ class Trace:
         return "imputed" if self.manifest.get("imputed") else "recorded"
 
     @property
+    def head_lag(self) -> int:
+        """How many candidates late the scores in `head` become known, 0 or 1; see `realmodels.head`."""
+        return int((self.manifest.get("head") or {}).get("lag", 0))
+
+    @property
     def request_ids(self) -> list[str]:
         """One stable id per request, by which requests are split into halves."""
         return list(self.manifest["request_ids"])
@@ -134,6 +142,9 @@ class Trace:
         need(whole, f"max_candidates must be in 1..1024, got {depth!r:.60}")
         measured = manifest.get("measured")
         need(measured is None or isinstance(measured, Mapping), f"measured must be an object, got {measured!r:.60}")
+        head = manifest.get("head")
+        known = head is None or (isinstance(head, Mapping) and head.get("lag", 0) in (0, 1))
+        need(known, f"head must be an object with a lag of 0 or 1, got {head!r:.60}")
         for key in ("offsets", "limit"):
             need_numbers(key, "iu")
         for key in ("ends", "accepted", "drafts_end"):

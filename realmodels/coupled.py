@@ -304,7 +304,7 @@ class _Batch:
             packed[2] = PADDING
             packed[:, row, slot] = torch.stack([token[active], fork[active] + step, active, fork[active]])
             with self._timed("rollout"):
-                logits = self.draft.read(rows, *packed)[row, slot]
+                logits = self.draft.read(rows, *packed, keep_hidden=self.contents.hidden)[row, slot]
                 q = _law(sampling, logits)
                 shown = q if sampling.temperature else _host(sampling.feature_law(logits))
             y, p = draw(q, coin[active, step]), None
@@ -317,6 +317,8 @@ class _Batch:
                 | {"drafts_end": drafts_end.numpy(), "request": request.numpy(),
                    "position": forks.position[active].numpy()}
             )  # fmt: skip
+            if self.draft.hidden is not None:
+                out[-1]["hidden"] = self.draft.hidden[row, slot].half().cpu().numpy()
             token[active] = y
             active = active[~drafts_end]
         return out

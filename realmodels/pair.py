@@ -26,7 +26,7 @@ from realmodels.rtn import quantised_copy
 from realmodels.sampling import Sampling
 from realmodels.tiny import tiny_draft, tiny_target
 
-__all__ = ["ModelPair", "load_pair", "load_prompts"]
+__all__ = ["ModelPair", "check_same_models", "load_pair", "load_prompts"]
 
 _MADE: dict[str, dict[str, tuple[int, range]]] = {
     "rtn": {"bits": (4, range(2, 17)), "group": (64, range(1, 2**20))},
@@ -67,16 +67,8 @@ class ModelPair:
         return Reader(model, batch_size, self.vocab_size, device)
 
     def check_recorded(self, models: Any, name: str) -> None:
-        """Refuse a trace, `models` in its manifest, that another pair recorded: what it calibrates would not hold here.
-
-        Weights are compared by their hashes where both are known, else by the model's name and revision.
-        """
-        for role, mine in self.provenance.items():
-            theirs = models.get(role) if isinstance(models, Mapping) else None
-            theirs = theirs if isinstance(theirs, Mapping) else {}
-            hashed = mine.get("sha256") and theirs.get("sha256")
-            if any(mine.get(key) != theirs.get(key) for key in (("sha256",) if hashed else ("name", "revision"))):
-                raise ValueError(f"{name} was recorded with {role} {theirs.get('name')}, not this {mine.get('name')}")
+        """Refuse a trace, `models` in its manifest, of another pair: what it calibrates would not hold here."""
+        check_same_models(self.provenance, models, name, "this")
 
     def check_prompts(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
         """Refuse prompts that hold no tokens, others than this pair's, or too many to continue.
@@ -93,6 +85,22 @@ class ModelPair:
         longest = max(map(len, prompts)) + sampling.max_new_tokens + sampling.max_candidates
         if longest > room:
             raise ValueError(f"prompts: the longest needs {longest} positions, the models have {room}")
+
+
+def check_same_models(mine: Mapping[str, Any], models: Any, name: str, whose: str) -> None:
+    """Refuse `models`, the provenance of what `name` was recorded with, if they are not `mine`.
+
+    Weights are compared by their hashes where both are known, else by the model's name and revision.
+
+    Raises:
+        ValueError: one line that names both models.
+    """
+    for role, here in mine.items():
+        there = models.get(role) if isinstance(models, Mapping) else None
+        here, there = (about if isinstance(about, Mapping) else {} for about in (here, there))
+        hashed = here.get("sha256") and there.get("sha256")
+        if any(here.get(key) != there.get(key) for key in (("sha256",) if hashed else ("name", "revision"))):
+            raise ValueError(f"{name} was recorded with {role} {there.get('name')}, not {whose} {here.get('name')}")
 
 
 def load_pair(

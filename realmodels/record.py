@@ -141,7 +141,7 @@ class Plan:
             shard_size: requests a block, the unit that is resumed and spread over processes.
             store_top: how many of each law's most probable tokens are kept; 0 for none.
             store_tokens: False leaves out everything that tells the text: tokens, top tokens, hidden states.
-            store_hidden: keep the draft's last hidden state behind each on-path law, for training heads.
+            store_hidden: keep the draft's last hidden state behind each law, on the path and along rollouts, for heads.
             score_rollouts: False leaves out the target's view of rollouts, and its work on them: policies that need
                 it past a rejection are refused.
             about_prompts: kept in the manifest as `prompts`: source and template (`realmodels.prompts.about_prompts`).
@@ -318,7 +318,7 @@ def _assemble(records: list[tuple[Columns, Columns]], block: Block, manifest: di
         rollout_drafts_end=rollout("drafts_end"),
         rollout_features={key: rollout(key) for key in FEATURES if scored(key)},
         optional={key: path(key) for key in present}
-        | {f"rollout_{key}": rollout(key) for key in present if key not in ("token", "hidden") and scored(key)},
+        | {f"rollout_{key}": rollout(key) for key in present if key != "token" and scored(key)},
         manifest=manifest,
     )
 

@@ -103,6 +103,8 @@ def _lacks(trace: Trace, signal: str) -> str | None:
     """What a rule that reads the signal needs and the trace does not hold."""
     if trace.rollout_offsets is None:
         return "rollouts"
+    if signal == "head" and trace.head_lag:
+        return "head without lag"
     recorded = signal in trace.features or signal in trace.optional
     along = signal in trace.rollout_features or f"rollout_{signal}" in trace.optional
     return None if recorded and along else signal

@@ -13,12 +13,16 @@ __all__ = ["Nodes"]
 
 @dataclass(frozen=True)
 class Nodes:
-    """Positions, then rollout steps, then one node for what was not recorded."""
+    """Positions, then rollout steps, then one node for what was not recorded.
+
+    Features named in `late` are those of a candidate that are known only once the next one is drafted.
+    """
 
     accepted: np.ndarray
     ends: np.ndarray
     after_failure: np.ndarray
     features: Mapping[str, np.ndarray]
+    late: tuple[str, ...]
     runs: np.ndarray | None
     tested: np.ndarray | None
 
@@ -56,6 +60,7 @@ class Nodes:
             np.concatenate([trace.drafts_end, rolled, [False]]).astype(bool),  # type: ignore[list-item]
             np.concatenate([trace.num_positions + starts, np.zeros(len(beyond), dtype=np.int64)]),
             features,
+            ("head",) if trace.head_lag and "head" in features else (),
             trace.optional.get("run_length"),
             trace.optional.get("tested"),
         )

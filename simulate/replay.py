@@ -12,6 +12,8 @@ behind the last emitted token, the rule's state is told the outcome, and the nex
 
 Each draw of the trace is used at most once per policy, so the replayed run has the law of a live one (theory, §4),
 and all policies of one replay meet the same draws. The loop is over rounds and depth; requests are array entries.
+A head whose scores come a candidate late (`Trace.head_lag`) is shown late: candidate $k$ comes with the score of
+$k - 1$, the first with 1.
 Without rollouts a round past a failure is assumed to go on to its end: nothing is known of an end-of-text there.
 A trace of counts (`run_length`) says itself how many candidates of a round are accepted; one that would have to know
 more than was tested there is refused.
@@ -221,6 +223,8 @@ def _contender(trace: Trace, spec: PolicySpec) -> _Contender:
     if "symbol" in wanted:
         raise Lacking(spec.text, "symbol", "which a trace does not hold")
     signal = (spec.signal or PERFECT) if wanted & SIGNAL_FIELDS else None
+    if signal == "head" and trace.head_lag and wanted & CHAIN_FIELDS:
+        raise Lacking(spec.text, min(wanted & CHAIN_FIELDS), "which a head whose scores come late does not give")
     read = (wanted & RAW_FIELDS) | ({signal} if signal else set())
     for name in sorted(read):
         for rollout in (False, True):
@@ -271,7 +275,8 @@ def _rule(trace: Trace, contender: _Contender, model: SignalModel | None, cost: 
             return fit_rule(trace, spec.policy, train, throughput)
         if isinstance(spec.policy, ThresholdTable) and "regime" in contender.needs and spec.text.startswith("optimal:"):
             raise ValueError(f"policy {spec.text!r}: a saved table must have one column to be replayed on a trace")
-        return entrants.fit_depth(spec.text, spec.policy, depth, 1 if chain is None else len(chain))
+        rule = entrants.fit_lag(spec.policy, trace.head_lag)
+        return entrants.fit_depth(spec.text, rule, depth, 1 if chain is None else len(chain))
     from mdp.problem import StoppingProblem
     from mdp.solve import solve  # imports jax: only here
 
@@ -344,6 +349,7 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: Nodes, no
     drafting, failed, ended = cap > 0, np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
     drafted, accepted = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     features: dict[str, Any] = {name: np.full(size, np.nan) for name in nodes.features}
+    late = {name: np.ones(size) for name in nodes.late}  # 1 in the place of a score that is still to come
     signal: SignalState | None = model.start(size) if model else None
     num, start = 0, node
     while drafting.any():
@@ -358,7 +364,9 @@ def _draft(rule: Policy, state: Any, model: SignalModel | None, nodes: Nodes, no
         state = _map(lambda new, old, asking=drafting: np.where(asking, new, old), asked, state)
         drafting = drafting & ~np.broadcast_to(np.asarray(stop, dtype=bool), size)
         num += 1
-        features = {name: np.where(drafting, values[node], features[name]) for name, values in nodes.features.items()}
+        drawn = {name: values[node] for name, values in nodes.features.items()}
+        features = {name: np.where(drafting, late.get(name, drawn[name]), features[name]) for name in drawn}
+        late = {name: drawn[name] for name in nodes.late}
         if model is not None:
             signal = SignalState(*(np.where(drafting, new, old) for new, old in
                                    zip(model.update(signal, features), signal, strict=True)))  # type: ignore[arg-type]  # fmt: skip

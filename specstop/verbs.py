@@ -12,6 +12,7 @@ from typing import Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
+from specstop.heads import with_head
 from specstop.output import emit, json_line, key_values, policy_table, schema_text, solution_text, table
 from specstop.traces import load_trace
 
@@ -165,7 +166,7 @@ def replay(args: Namespace) -> int:
 
     from simulate.replay import check, replay
 
-    trace = load_trace(args.trace)
+    trace = with_head(load_trace(args.trace), args.head)
     specs = inputs.read_policies(args.policies, max_candidates=trace.max_candidates)
     specs, lacking = inputs.able(args.policies, specs, lambda spec: check(trace, spec))
     if cost is not None:
