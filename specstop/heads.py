@@ -111,8 +111,10 @@ def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
     specs = [getattr(args, role) or (models.get(role) or {}).get("spec") for role in ("target", "draft")]
     if None in specs:
         raise ValueError(f"{args.trace}: it does not say which pair recorded it; give --target and --draft")
-    pair = load_pair(*specs)
-    prompts = head_data.prompts_of(trace, load_prompts(args.prompts, pair))
+    revisions = {f"{role}_revision": (models.get(role) or {}).get("revision") for role in ("target", "draft")}
+    pair = load_pair(*specs, dtype=trace.manifest.get("dtype", "float32"), **revisions)
+    template = ((trace.manifest.get("prompts") or {}).get("template") or {}).get("name", "chat")
+    prompts = head_data.prompts_of(trace, load_prompts(args.prompts, pair, template=template))
     return head_data.published_examples(pair, trace, prompts, train.tolist(), seed=args.seed)
 
 
