@@ -17,7 +17,7 @@ import torch
 from mdp.trace import Trace
 from realmodels.pair import ModelPair, load_pair
 from realmodels.prompts import about_prompts, tokenise
-from realmodels.record import Block, Header, Plan, run
+from realmodels.record import Block, Header, Plan, Progress, run
 from realmodels.sampling import Sampling
 from realmodels.timing import measure_times
 from simulate.cluster import client
@@ -60,14 +60,12 @@ def record_on_cluster(
         header, tokens, about = asked.result()
         plan = Plan.make(header, tokens, about_prompts=about, **settings)
 
-        def results(
-            blocks: Iterable[Block], advance: Callable[[int], Any]
-        ) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
+        def results(blocks: Iterable[Block], bar: Progress) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
             jobs = {dask.submit(_record, key, threads, block, pure=False): block for block in blocks}
             for job in as_completed(list(jobs)):
                 block = jobs.pop(job)
                 yield block.index, *job.result()
-                advance(len(block.ids))
+                bar.done(len(block.ids))
                 job.release()
 
         def times(lengths: Sequence[int]) -> dict[str, Any]:
@@ -107,7 +105,7 @@ def _describe(
 
 
 def _record(key: str, threads: int | None, block: Block) -> tuple[Trace, dict[str, Any]]:
-    return block.record(_pair(key, threads), lambda count: None)
+    return block.record(_pair(key, threads), Progress())
 
 
 def _time(

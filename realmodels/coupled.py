@@ -17,7 +17,7 @@ path and one group of rollouts for each request. Laws are moved to the CPU as so
 top-k they are a few numbers; so the two models may sit on any devices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +45,9 @@ LOGITS = 2**24
 PROMPT_TOKENS = 512
 """About how many prompt tokens are read at a time."""
 
+ENOUGH, FULL = 96, 0.85
+"""Branches that are worth a read of their own; beyond that, a row joins if it has this share of the widest row's."""
+
 Columns = dict[str, np.ndarray]
 
 WORK = ("prompt", "target_path", "draft_path", "rollout", "rollout_score")
@@ -65,14 +68,15 @@ class Contents:
 
 def record_batch(
     pair: ModelPair, prompts: Sequence[Sequence[int]], ids: Sequence[str], sampling: Sampling, contents: Contents,
-    seconds: dict[str, float] | None = None,
+    seconds: dict[str, float] | None = None, partly: Callable[[float], Any] = lambda share: None,
 ) -> list[tuple[Columns, Columns]]:  # fmt: skip
     """Per request: columns over its path positions, and columns over its rollout steps with their `position`.
 
     Args:
         seconds: the time spent on each kind of `WORK` is added here.
+        partly: is told now and then about what share is done.
     """
-    batch = _Batch(pair, prompts, ids, sampling, contents, {} if seconds is None else seconds)
+    batch = _Batch(pair, prompts, ids, sampling, contents, {} if seconds is None else seconds, partly)
     path = batch.walk()
     steps = batch.branch(path)
     return list(zip(_split(path, len(prompts)), _split(steps, len(prompts)), strict=True))
@@ -115,10 +119,10 @@ class _Batch:
 
     def __init__(
         self, pair: ModelPair, prompts: Sequence[Sequence[int]], ids: Sequence[str], sampling: Sampling,
-        contents: Contents, seconds: dict[str, float],
+        contents: Contents, seconds: dict[str, float], partly: Callable[[float], Any],
     ):  # fmt: skip
         self.pair, self.prompts, self.ids, self.sampling, self.contents = pair, prompts, ids, sampling, contents
-        self.seconds = seconds
+        self.seconds, self.partly = seconds, partly
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.order = self.lengths.argsort(descending=True, stable=True)
         self.target, self.draft = (_Rows(pair.reader(role, len(prompts)), len(prompts)) for role in ("target", "draft"))
@@ -210,6 +214,7 @@ class _Batch:
             if not alive.any():
                 return _sorted({key: np.concatenate([part[key] for part in out]) for key in out[0]})
             start += x.shape[1]
+            self.partly(start / limit / 2)
             kept = self._leave(alive)
             p, carried = laws[-1].select(kept), [_last(part, kept) for part in read]
 
@@ -253,12 +258,14 @@ class _Batch:
             token=torch.from_numpy(path["drafted"][failed]).long(),
             depth=torch.from_numpy(depth[failed]),
         )
-        out = []
+        out, done = [], 0
         for rows, chosen in self._groups(forks):
             columns = self.target.reader.num_columns, self.draft.reader.num_columns
             out += self._roll_out(rows, forks, chosen)
             for side, count in zip((self.target, self.draft), columns, strict=True):
                 side.reader.crop(count)
+            done += len(chosen)
+            self.partly((1 + done / len(failed)) / 2)
         if not out:
             return {}
         return _sorted({key: np.concatenate([part[key] for part in out]) for key in out[0]})
@@ -271,16 +278,22 @@ class _Batch:
             place = int((self.order == request).nonzero())
             if place != row:
                 self._swap(row, place)
-        first, most = 0, max(1, LOGITS // self.pair.vocab_size)
         slot = torch.arange(len(forks.request)) - torch.searchsorted(forks.request, forks.request)
         row_of = torch.empty_like(self.order)
         row_of[self.order] = torch.arange(len(self.order))
-        while first < len(counts) and (widest := int(counts[wanted[first]])):
-            rows = slice(first, min(first + max(1, most // widest), int((counts > 0).sum())))
-            inside = (row_of[forks.request] >= rows.start) & (row_of[forks.request] < rows.stop)
+        branches, most, first = counts[wanted].tolist(), max(1, LOGITS // self.pair.vocab_size), 0
+        while first < len(branches) and (widest := branches[first]):
+            last = first + 1
+            while (
+                last < len(branches)
+                and (last - first + 1) * widest <= most
+                and (branches[last] >= FULL * widest or (branches[last] and (last - first) * widest < ENOUGH))
+            ):
+                last += 1
+            inside = (row_of[forks.request] >= first) & (row_of[forks.request] < last)
             for low in range(0, widest, most):
-                yield rows, (inside & (slot >= low) & (slot < low + most)).nonzero().flatten()
-            first = rows.stop
+                yield slice(first, last), (inside & (slot >= low) & (slot < low + most)).nonzero().flatten()
+            first = last
 
     def _roll_out(self, rows: slice, forks: "_Forks", active: Tensor) -> list[Columns]:
         """The rollouts of some branches, all of whose requests are in `rows`."""

@@ -30,7 +30,7 @@ from realmodels.sampling import Sampling
 from realmodels.streams import request_ids
 from realmodels.timing import measure_times
 
-__all__ = ["Block", "Plan", "check_folder", "measure_times", "merge", "record", "record_part", "run"]
+__all__ = ["Block", "Plan", "Progress", "check_folder", "measure_times", "merge", "record", "record_part", "run"]
 
 _CLAMPING = "candidates of a round are clamped to the positions left before max_new_tokens, minus one"
 TARGET_SIDE = ("token_accept_prob", "step_accept_prob", "target_top_ids", "target_top_logprobs")
@@ -80,9 +80,9 @@ def record_part(
     plan = Plan.make(Header.of(pair), prompts, **settings)
     pair.check_prompts(prompts, plan.sampling)
 
-    def results(blocks: Iterable[Block], advance: Callable[[int], Any]) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
+    def results(blocks: Iterable[Block], bar: Progress) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
         for block in blocks:
-            yield block.index, *block.record(pair, advance)
+            yield block.index, *block.record(pair, bar)
 
     def times(lengths: Sequence[int]) -> dict[str, Any]:
         return measure_times(pair, plan.sampling.max_candidates, lengths, timing_repeats, context=prompts[0])
@@ -210,7 +210,7 @@ class Block:
     batch_size: int
     end_token_ids: list[int]
 
-    def record(self, pair: ModelPair, advance: Callable[[int], Any]) -> tuple[Trace, dict[str, Any]]:
+    def record(self, pair: ModelPair, progress: "Progress") -> tuple[Trace, dict[str, Any]]:
         """The block's trace, and what it took: tokens and seconds of each kind of work, memory, versions."""
         start, seconds = perf_counter(), {}
         done: dict[int, tuple[Columns, Columns]] = {}
@@ -220,10 +220,10 @@ class Block:
             batch = part.tolist()
             records = record_batch(
                 pair, [self.prompts[r] for r in batch], [self.ids[r] for r in batch], self.sampling, self.contents,
-                seconds,
+                seconds, progress.within(len(batch)),
             )  # fmt: skip
             done |= zip(batch, records, strict=True)
-            advance(len(batch))
+            progress.done(len(batch))
         manifest = {"max_candidates": self.sampling.max_candidates, "request_ids": self.ids}
         trace = _assemble([done[r] for r in sorted(done)], self, manifest)
         steps = 0 if trace.rollout_drafts_end is None else len(trace.rollout_drafts_end)
@@ -255,8 +255,7 @@ def run(
     """Record the part's blocks that are missing, measure times, and finish if all blocks are there.
 
     Args:
-        results: yields (index, trace, what it took) of blocks, given those that are missing and a callable that
-            is told how many requests are done.
+        results: yields (index, trace, what it took) of blocks, given those that are missing and a `Progress`.
         times: measures times at some context lengths; None if not wanted.
     """
     plan.check_part(part, len(plan.prompts), plan.shard_size)
@@ -265,8 +264,8 @@ def run(
         missing = [index for index in journal.mine if journal.check(index) is None]
         blocks = [plan.block(index, journal.requests(index)) for index in missing]
         total = sum(len(journal.requests(index)) for index in journal.mine)
-        with _Progress(progress, total, total - sum(len(block.ids) for block in blocks)) as advance:
-            for index, trace, took in results(blocks, advance):
+        with Progress(progress, total, total - sum(len(block.ids) for block in blocks)) as bar:
+            for index, trace, took in results(blocks, bar):
                 journal.write(index, trace, took)
         if times is not None and journal.times() is None:
             measured = times(_contexts(plan, journal))
@@ -357,27 +356,41 @@ def _versions() -> dict[str, str]:
     return found
 
 
-class _Progress:
-    """A bar over requests on stderr, a caller's own callable, or nothing."""
+class Progress:
+    """A bar over requests on stderr, with the time left; a caller's own callable; or nothing."""
 
-    def __init__(self, wanted: bool | Callable[[int], Any] | None, total: int, done: int):
+    def __init__(self, wanted: bool | Callable[[int], Any] | None = False, total: int = 0, done: int = 0):
         self.call = wanted if callable(wanted) else None
         self.shown = self.call is None and (sys.stderr.isatty() if wanted is None else bool(wanted))
-        self.total, self.done, self.bar = total, done, None
+        self.total, self.count, self.bar = total, done, None
 
-    def __enter__(self) -> Callable[[int], Any]:
-        if self.call is not None:
-            return self.call
-        if not self.shown:
-            return lambda count: None
-        from tqdm.auto import tqdm
+    def __enter__(self) -> "Progress":
+        if self.shown:
+            from tqdm.auto import tqdm
 
-        # The mean rate: batches take unequal times, and the time left is what one wants to know.
-        self.bar = tqdm(
-            total=self.total, initial=self.done, desc="recording", unit="request", smoothing=0, file=sys.stderr
-        )
-        return self.bar.update
+            # The mean rate: batches take unequal times, and the time left is what one wants to know.
+            self.bar = tqdm(
+                total=self.total, initial=self.count, smoothing=0, file=sys.stderr,
+                bar_format="recording: {percentage:3.0f}%|{bar}| {n:.1f} of {total} requests, {elapsed} gone, "
+                           "{remaining} left",
+            )  # fmt: skip
+        return self
 
     def __exit__(self, *error: object) -> None:
         if self.bar is not None:
             self.bar.close()
+
+    def done(self, count: int) -> None:
+        """So many more requests are done."""
+        self.count += count
+        self._show(self.count)
+        if self.call is not None:
+            self.call(count)
+
+    def within(self, count: int) -> Callable[[float], None]:
+        """To be told what share is done of the next so many."""
+        return lambda share: self._show(self.count + share * count)
+
+    def _show(self, position: float) -> None:
+        if self.bar is not None:
+            self.bar.update(position - self.bar.n)

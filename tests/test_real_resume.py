@@ -84,24 +84,24 @@ def attempt(folder):
     os._exit(0)
 
 
-begun = time.perf_counter()
+def shards():
+    return sum(name.endswith(".safetensors") for name in os.listdir(f"{out}/killed"))
+
+
 assert os.waitpid(attempt(f"{out}/whole"), 0)[1] == 0
-took = time.perf_counter() - begun
+os.mkdir(f"{out}/killed")
 moments = random.Random(7)
-killed, folders, kept = 0, 0, 0
-while killed < kills:
-    folder = f"{out}/killed{folders}"
-    child = attempt(folder)
-    time.sleep(moments.uniform(0, 1.5 * took / kills))
+for _ in range(kills):
+    # Somewhere within the work on a shard: at once, or that of the next one.
+    wanted = shards() + moments.choice([0, 1, 1])
+    child = attempt(f"{out}/killed")
+    while shards() < wanted and os.waitpid(child, os.WNOHANG) == (0, 0):
+        time.sleep(1e-3)
+    time.sleep(moments.uniform(0, 0.03))
     os.kill(child, signal.SIGKILL)
-    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
-    if os.path.exists(f"{folder}/manifest.json") and not os.path.exists(f"{folder}/recording.json"):
-        folders += 1  # done: the next one is killed
-    elif os.path.isdir(folder):
-        kept = max(kept, len([name for name in os.listdir(folder) if name.endswith(".safetensors")]))
-assert kept > 2, "no attempt went on with what the one before it had left"
-if not os.path.exists(f"{folder}/manifest.json") or os.path.exists(f"{folder}/recording.json"):
-    assert os.waitpid(attempt(folder), 0)[1] == 0
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, "the recording is too short to be killed so often"
+assert 2 < shards() < blocks, "killed too early or too late"
+assert os.waitpid(attempt(f"{out}/killed"), 0)[1] == 0
 """
 
 
@@ -110,12 +110,11 @@ def killed_and_gone_on_with(tmp_path, kills, blocks):
     command = [sys.executable, "-c", DRIVER, str(tmp_path), str(kills), str(blocks)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    for folder in tmp_path.glob("killed*"):
-        is_the_same_folder(tmp_path / "whole", folder)
+    is_the_same_folder(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_killed_ten_times_and_gone_on_with_is_the_same_trace(tmp_path):
-    killed_and_gone_on_with(tmp_path, kills=10, blocks=12)
+    killed_and_gone_on_with(tmp_path, kills=10, blocks=14)
 
 
 @pytest.mark.slow
@@ -221,6 +220,13 @@ def test_a_recording_of_something_else_is_not_gone_on_with(pair, tmp_path, chang
         record(other, change.get("prompts", PROMPTS), tmp_path, **settings)
     assert what in str(error.value) and "\n" not in str(error.value)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_the_bar_shows_the_time_left(pair, tmp_path, capsys):
+    interrupted(pair, tmp_path)
+    record(pair, PROMPTS, tmp_path, **SETTINGS, progress=True)
+    shown = capsys.readouterr().err
+    assert "6.0 of 11 requests" in shown and "11.0 of 11 requests" in shown and " left" in shown
 
 
 def test_damage_is_named(pair, tmp_path):
