@@ -211,11 +211,12 @@ class _Source:
                    dict(opened.metadata() or {}))  # fmt: skip
 
     def read(self, role: str, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """Logits in float64 and, if only the top ones are kept, whose they are: ids ascend along each row."""
+        """Logits and, if only the top ones are kept, whose they are: ids ascend along each row."""
         key = f"{role}_logits" if self.kept is None else f"{role}_top_logits"
-        logits = self.opened.get_slice(key)[rows].double()
-        bad = torch.isnan(logits).any(-1) | (logits == torch.inf).any(-1) | (logits == -torch.inf).all(-1)
-        self.refuse_rows(bad, rows, f"{key} must be finite")
+        logits = self.opened.get_slice(key)[rows]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        # The greatest of a row is nan if any is; -inf alone may stand for a token that cannot come.
+        self.refuse_rows(~torch.isfinite(logits.amax(-1)), rows, f"{key} must be finite")
         if self.kept is None:
             return logits, None
         ids, order = self.opened.get_slice(f"{role}_top_ids")[rows].long().sort(-1)
@@ -279,7 +280,7 @@ def _columns(
             f"temperature {sampling.temperature:g}, top_k {sampling.top_k}?)",
         )  # fmt: skip
         y = couple(p, q, x, coins["accept"][part], coins["draft"][part])
-        shown = _law(q_logits, q_ids, sampling.feature_law)
+        shown = q if sampling.temperature > 0 else _law(q_logits, q_ids, sampling.feature_law)
         row |= {"accepted": x == y, "drafts_end": torch.isin(y, ends), "token": x.int(), "draft_token": y.int()}
         values = acceptance(p, q, y) | draft_features(shown, y)
         row |= {key: value.float() for key, value in values.items()}
@@ -293,8 +294,11 @@ def _columns(
 
 def _favour(logits: Tensor, ids: Tensor | None, x: Tensor) -> Tensor:
     """The text's token wins ties, which rounding to half precision makes: it was drawn, so it was in the law."""
-    mine = ids == x[:, None] if ids is not None else torch.arange(logits.shape[-1]) == x[:, None]
-    return torch.where(mine, logits + 1e-9 * (1 + logits.abs()), logits)
+    mine = x[:, None]
+    if ids is not None:  # some column if the token is not among those kept: it then has probability 0 all the same
+        mine = torch.searchsorted(ids, mine).clamp(max=ids.shape[-1] - 1)
+    more = torch.nextafter(logits.gather(-1, mine), torch.tensor(torch.inf, dtype=logits.dtype))
+    return logits.scatter(-1, mine, more)
 
 
 def _law(logits: Tensor, ids: Tensor | None, warp: Callable[[Tensor], Law]) -> Law:

@@ -176,12 +176,13 @@ def _made(target: Any, kind: str, values: dict[str, int]) -> tuple[Any, dict[str
         return quantised_copy(target, **values), about
     if kind == "lookup":
         return PromptLookup(**values), about
+    draft = early_exit(target, **values)
     cost = shared_states_cost(values["layers"], num_layers(target))
     about["declared_cost"] = {
         "kind": "affine", "draft_time": cost.draft_time, "verify_time": cost.verify_time,
         "why": "shallow states re-used, as Kangaroo and DEL count it; in target passes, not measured",
     }  # fmt: skip
-    return early_exit(target, **values), about
+    return draft, about
 
 
 def _tiny_seed(spec: str, role: str) -> int | None:

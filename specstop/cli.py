@@ -239,9 +239,13 @@ def build_parser() -> Parser:
 
     record = verb(
         "record", "run a real draft/target pair over prompts and keep everything a rule can meet",
-        "A recording that was killed goes on where it was when the same command is given again. Or, with --logits, "
-        "make a trace from logits: a safetensors file with tokens, offsets, draft_logits and target_logits (or "
-        "draft_top_ids, draft_top_logits, draft_logsumexp, and so on), see realmodels/logits.py.",
+        "A recording that was killed goes on where it was when the same command is given again. "
+        "Needed are --target, --draft, --prompts and --out; or --logits and --out, a trace from logits along the "
+        "target's text: a safetensors file with tokens [N], offsets [R+1], draft_logits and target_logits [N, V] (the "
+        "law of each token before it is read). In the place of the last two each model's k most probable tokens will "
+        "do: draft_top_ids, draft_top_logits, target_top_ids, target_top_logits [N, k] and, if wanted, "
+        "draft_logsumexp, target_logsumexp [N]. More that may be there: end_token_ids, limit [R], prompts with "
+        "prompt_offsets [R+1].",
     )  # fmt: skip
     pair(record, required=False)
     prompts(record, required=False)

@@ -1,4 +1,4 @@
-"""The pair and the prompts that a command line names; every verb with `--target` and `--draft` loads them here."""
+"""The pair that a command line names; every verb with `--target` and `--draft` loads it here."""
 
 from argparse import Namespace
 from dataclasses import asdict
@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from realmodels.pair import ModelPair
 
-__all__ = ["load_pair_from", "need", "pair_settings", "sampling"]
+__all__ = ["load_pair_from", "need", "pair_options", "sampling"]
 
-OPTIONS = ("dtype", "device", "device_map", "quantise", "target_revision", "draft_revision", "trust_remote_code")
+OPTIONS = (
+    "target", "draft", "dtype", "device", "device_map", "quantise", "target_revision", "draft_revision",
+    "trust_remote_code",
+)  # fmt: skip
+
+
+def pair_options(args: Namespace) -> dict[str, Any]:
+    """What was typed of `realmodels.pair.load_pair`'s arguments, plain values that another process can be sent."""
+    return {name: getattr(args, name) for name in OPTIONS}
 
 
 def load_pair_from(args: Namespace) -> "ModelPair":
     """The pair of `--target` and `--draft`, loaded as the other flags say."""
     from realmodels.pair import load_pair
 
-    return load_pair(**pair_settings(args))
-
-
-def pair_settings(args: Namespace) -> dict[str, Any]:
-    """What was typed of `realmodels.pair.load_pair`'s arguments."""
-    return {name: getattr(args, name) for name in ("target", "draft", *OPTIONS)}
+    return load_pair(**pair_options(args))
 
 
 def sampling(args: Namespace) -> dict[str, Any]:

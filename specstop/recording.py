@@ -5,7 +5,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specstop.models import load_pair_from, need, pair_settings, sampling
+from specstop.models import load_pair_from, need, pair_options, sampling
 from specstop.output import emit, json_line, key_values
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def record(args: Namespace) -> int:
         from realmodels.cluster import record_on_cluster
 
         trace = record_on_cluster(
-            pair_settings(args), prompts, out, source=args.prompts, template=args.template, workers=args.workers,
+            pair_options(args), prompts, out, source=args.prompts, template=args.template, workers=args.workers,
             scheduler=args.scheduler, part=part, **settings,
         )  # fmt: skip
     else:

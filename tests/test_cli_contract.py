@@ -159,7 +159,7 @@ REFUSED_WITHOUT_MODELS = {
 @pytest.mark.parametrize(("argv", "message"), REFUSED_WITHOUT_MODELS.values(), ids=REFUSED_WITHOUT_MODELS)
 def test_what_needs_no_models_is_refused_before_they_are_loaded(run, problem, monkeypatch, argv, message):
     pytest.importorskip("torch")
-    monkeypatch.setattr("realmodels.pair.load_pair", lambda *specs: pytest.fail("models were loaded"))
+    monkeypatch.setattr("realmodels.pair.load_pair", lambda **specs: pytest.fail("models were loaded"))
     Path("prompts.jsonl").write_text('{"tokens": [1, 2]}\n')
     pair = ["--target", "tiny", "--draft", "tiny:1"]
     is_one_line_of_error(run(*RECORD, *pair, *argv), message)
