@@ -5,6 +5,7 @@ grid's heads to keep by requests held back from it, the threshold by replaying t
 from the other half.
 """
 
+import re
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,8 @@ WEIGHTS, DEPTHS = (1.0, 3.0, 6.0, 12.0), (0, 1, 2, 3, 4)
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 DEFAULTS = {"published": (3, 6.0), "matched": (1, 1.0)}
 """Depth and weight of each variant: SpecDec++'s shared configuration [note], and ours."""
+OURS = re.compile(r"(bundled|tiny|rtn|exit|lookup)(:[\w:=,.]*)?")
+"""Models that a trace may name itself: no folder and no hub id, which only the user may ask for."""
 BASELINES = ("draft_prob", "entropy", "token_accept_prob")
 COLUMNS = (
     "variant", "depth", "weight", "kl", "kl_debiased", "auroc", "ece", "ece_debiased", "mean_predicted", "mean_true",
@@ -58,9 +61,9 @@ def train_head(args: Namespace) -> int:
     if cost is not None:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     variants = [args.variant] if args.variant else list(VARIANTS) if args.grid else ["matched"]
-    judge = Judge(trace, cost)
     recipes = _recipes(args, variants)
     examples = {recipe.variant: _examples(args, trace, recipe) for recipe in recipes[:: len(recipes) // len(variants)]}
+    judge = Judge(trace, cost)
     heads, rows = _train_all(trace, recipes, examples, judge)
     best = min(range(len(rows)), key=lambda i: rows[i]["validation_kl"])
     row = rows[best]
@@ -108,10 +111,15 @@ def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
     from realmodels.prompts import load_prompts
 
     models = trace.manifest.get("models") or {}
-    specs = [getattr(args, role) or (models.get(role) or {}).get("spec") for role in ("target", "draft")]
-    if None in specs:
-        raise ValueError(f"{args.trace}: it does not say which pair recorded it; give --target and --draft")
-    pair = load_pair(*specs)
+    specs = []
+    for role in ("target", "draft"):
+        spec = (models.get(role) or {}).get("spec")
+        if getattr(args, role) is None and not (isinstance(spec, str) and OURS.fullmatch(spec)):
+            raise ValueError(
+                f"--{role}: give it; {args.trace} names {spec!r:.60}, which is not read at its word"
+            )
+        specs.append(getattr(args, role) or spec)
+    pair = load_pair(specs[0], specs[1], dtype=trace.manifest.get("dtype", "float32"))
     prompts = head_data.prompts_of(trace, load_prompts(args.prompts, pair))
     return head_data.published_examples(pair, trace, prompts, train.tolist(), seed=args.seed)
 
