@@ -5,6 +5,7 @@ grid's heads to keep by requests held back from it, the threshold by replaying t
 from the other half.
 """
 
+import re
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from mdp.trace import Trace
     from realmodels.head import Head
     from realmodels.head_data import Examples
-    from simulate.predicted import Earned, Quality
+    from simulate.quality import Earned, Quality
 
 __all__ = ["train_head", "with_head"]
 
@@ -32,6 +33,8 @@ WEIGHTS, DEPTHS = (1.0, 3.0, 6.0, 12.0), (0, 1, 2, 3, 4)
 THRESHOLDS = tuple(round(0.05 * i, 2) for i in range(1, 20))
 DEFAULTS = {"published": (3, 6.0), "matched": (1, 1.0)}
 """Depth and weight of each variant: SpecDec++'s shared configuration [note], and ours."""
+OURS = re.compile(r"(bundled|tiny|rtn|exit|lookup)(:[\w:=,.]*)?")
+"""Models that a trace may name itself: no folder and no hub id, which only the user may ask for."""
 BASELINES = ("draft_prob", "entropy", "token_accept_prob")
 COLUMNS = (
     "variant", "depth", "weight", "kl", "kl_debiased", "auroc", "ece", "ece_debiased", "mean_predicted", "mean_true",
@@ -58,9 +61,9 @@ def train_head(args: Namespace) -> int:
     if cost is not None:
         inputs.check_depth(str(args.cost), cost, trace.max_candidates)
     variants = [args.variant] if args.variant else list(VARIANTS) if args.grid else ["matched"]
-    judge = Judge(trace, cost)
     recipes = _recipes(args, variants)
     examples = {recipe.variant: _examples(args, trace, recipe) for recipe in recipes[:: len(recipes) // len(variants)]}
+    judge = Judge(trace, cost)
     heads, rows = _train_all(trace, recipes, examples, judge)
     best = min(range(len(rows)), key=lambda i: rows[i]["validation_kl"])
     row = rows[best]
@@ -108,11 +111,13 @@ def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
     from realmodels.prompts import load_prompts
 
     models = trace.manifest.get("models") or {}
-    specs = [getattr(args, role) or (models.get(role) or {}).get("spec") for role in ("target", "draft")]
-    if None in specs:
-        raise ValueError(f"{args.trace}: it does not say which pair recorded it; give --target and --draft")
-    revisions = {f"{role}_revision": (models.get(role) or {}).get("revision") for role in ("target", "draft")}
-    pair = load_pair(*specs, dtype=trace.manifest.get("dtype", "float32"), **revisions)
+    specs = []
+    for role in ("target", "draft"):
+        spec = (models.get(role) or {}).get("spec")
+        if getattr(args, role) is None and not (isinstance(spec, str) and OURS.fullmatch(spec)):
+            raise ValueError(f"--{role}: give it; {args.trace} names {spec!r:.60}, which is not read at its word")
+        specs.append(getattr(args, role) or spec)
+    pair = load_pair(specs[0], specs[1], dtype=trace.manifest.get("dtype", "float32"))
     template = ((trace.manifest.get("prompts") or {}).get("template") or {}).get("name", "chat")
     prompts = head_data.prompts_of(trace, load_prompts(args.prompts, pair, template=template))
     return head_data.published_examples(pair, trace, prompts, train.tolist(), seed=args.seed)
@@ -142,7 +147,7 @@ class Judge:
     def __init__(self, trace: "Trace", declared: "Cost | None"):
         from mdp.fit import fit_signal, split_requests
         from realmodels.head_training import fit_requests
-        from simulate.predicted import best_on, on_path, quality
+        from simulate.quality import best_on, on_path, quality
         from simulate.replay import measured_cost
 
         self.trace, self.held = trace, fit_requests(trace)[1]
@@ -165,7 +170,7 @@ class Judge:
     def row(self, head: "Head") -> dict[str, Any]:
         """Everything about one head; `gain` is over the best fixed length, both chosen on the training half."""
         from realmodels.head import apply_head
-        from simulate.predicted import on_path, quality
+        from simulate.quality import on_path, quality
 
         raw, debiased = (apply_head(head, self.trace, debias=debias) for debias in (False, True))
         shown = on_path(raw, self.test, raw.optional["head"])
@@ -187,7 +192,7 @@ class Judge:
     def reliability(self, head: "Head") -> list[dict[str, Any]]:
         """Ten rows before and ten after de-biasing."""
         from realmodels.head import apply_head
-        from simulate.predicted import on_path, reliability
+        from simulate.quality import on_path, reliability
 
         about = {"variant": head.variant, "depth": head.module.num_layers, "weight": head.rejection_weight}
         lines = []
@@ -210,7 +215,7 @@ class Judge:
     def _earned(self, trace: "Trace", rule: str) -> dict[str, Any]:
         """What a rule earns under each cost, and its gain over the best fixed length; the first cost has no prefix."""
         from simulate.estimate import paired
-        from simulate.predicted import best_on
+        from simulate.quality import best_on
 
         thresholds = {rule.format(h): h for h in THRESHOLDS}
         out: dict[str, Any] = {} if self.costs else dict.fromkeys(("throughput", "throughput_se", "best_threshold"))

@@ -1,6 +1,7 @@
 """`specstop train-head` and `replay --head`: keys, exit codes, one line of error, nothing half-written."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -119,6 +120,7 @@ def test_replay_of_a_published_head_without_a_manifest(recorded, lines, tmp_path
         ("train-head --trace {trace} --out {trace}", "is there already"),
         ("train-head --trace {trace} --out {new} --variant published --prompts {few}", "requests are not among them"),
         ("train-head --trace {trace} --out {new} --variant published --draft tiny:2 --prompts {prompts}", "not this"),
+        ("train-head --trace {hub} --out {new} --variant published --prompts {prompts}", "--target: give it"),
         ("train-head --trace {trace} --out {new} --variant mine", "invalid choice"),
         ("train-head --trace {trace} --out {new} --inputs token", "inputs must be hidden, then some of"),
         ("train-head --trace {trace} --out {new} --variant published --inputs entropy", "inputs must be hidden alone"),
@@ -145,4 +147,8 @@ def others(tmp_path_factory):
     folder = tmp_path_factory.mktemp("others")
     record(load_pair("tiny", "tiny:2"), [[2], [3]], folder / "trace", timing_repeats=0, store_hidden=True, **SIZES)
     (folder / "few.jsonl").write_text('{"tokens": [5, 5, 5, 5]}\n')
-    return {"other": folder / "trace", "few": folder / "few.jsonl"}
+    manifest = json.loads((folder / "trace" / "manifest.json").read_text())
+    manifest["models"]["target"]["spec"] = "somebody/model"
+    shutil.copytree(folder / "trace", folder / "hub")
+    (folder / "hub" / "manifest.json").write_text(json.dumps(manifest))
+    return {"hub": folder / "hub", "other": folder / "trace", "few": folder / "few.jsonl"}

@@ -51,7 +51,7 @@ class Earned(NamedTuple):
 
 def on_path(
     trace: Trace, requests: Int[np.ndarray, " r"], predicted: Float[np.ndarray, " N"]
-) -> tuple[np.ndarray, ...]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prediction, acceptance probability and request of the positions of some requests; unscored ones are left out."""
     owner = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
     chosen = np.isin(owner, requests) & np.isfinite(predicted)
@@ -129,7 +129,7 @@ def reliability(predicted: Float[np.ndarray, " n"], accept_prob: Float[np.ndarra
 
 def earned(trace: Trace, policy: str, requests: Int[np.ndarray, " r"], cost: Cost) -> Earned:
     """What one policy earns on some requests."""
-    log = replay_rounds(trace, policy, cost=cost, requests=requests)
+    log = replay_rounds(trace, policy, cost=cost, requests=requests.tolist())
     tally = log.tally(cost.round_times(trace.max_candidates), np.unique(requests))
     return Earned(policy, ratio(tally.num_emitted, tally.time), tally)
 

@@ -10,7 +10,7 @@ from mdp.cost import Affine
 from mdp.fit import SignalModel, fit_signal, split_requests
 from mdp.policy import RejectionThreshold
 from mdp.rules.heads import SpecDecPP
-from simulate.predicted import best_on, earned, on_path, quality, reliability
+from simulate.quality import best_on, earned, on_path, quality, reliability
 from simulate.replay import replay, replay_rounds
 
 
