@@ -201,9 +201,9 @@ class _Assisted:
         self.length = text.shape[1]
         if self.prompt_length is None:
             self.prompt_length = self.length
-            self.config = copy.copy(kwargs["generation_config"])
-            self.config.update(**UNWARPED)
-        kwargs["generation_config"] = self.config
+        self.config = kwargs["generation_config"] = copy.copy(kwargs["generation_config"])
+        for name, value in UNWARPED.items():
+            setattr(self.config, name, value)
         self.most = int(kwargs["max_new_tokens"])
         self.sight.restart()
         self.state, stop = self.sight.rule.stop(self.state, self.sight.observation(0))
