@@ -66,6 +66,8 @@ class OverviewPicture:
         left.set(title="When to draft one more", xlabel="candidates drafted so far, k",
                  ylabel="least survival that pays, S*(k, z)")  # fmt: skip
         left.set_yticks([*np.linspace(0, 1, 6), STOP], [*(f"{y:.1f}" for y in np.linspace(0, 1, 6)), "stop"])
+        for axes in (left, middle):
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         left.legend(**LEGEND)
         self._optimum = line(middle, "optimum", color=GREEN, ls="-", lw=1.8)
         self._level = line(middle, "best constant threshold", color=BLUE, ls="--")
@@ -124,7 +126,6 @@ class _Panel:
     def __init__(self, axes: Axes) -> None:
         self.axes, self.kept, self.num_full = axes, None, 0
         self._ends: _Ends | None = None
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
     def keep(self, canvas: FigureCanvasAgg, ends: _Ends) -> None:
         if ends == self._ends:

@@ -49,6 +49,9 @@ SLIDERS = {
     "max_candidates": Slider("most candidates", 1, 24, 1, "K: no round drafts more"),
 }
 
+GRID = ("mean", "draft_time", "max_candidates", "dispersion", "verify_time", "persistence", "verify_slope")
+"""Row by row, three to a row: acceptance on the left, times in the middle; the reset button ends the second row."""
+
 
 def headline(found: Overview) -> str:
     """The result in one sentence, for people."""
@@ -104,19 +107,19 @@ class Explorer:
         self.result = overview(self.settings)
         self.num_redraws = 0
         self.sliders = {name: _slider(widgets, name, getattr(self.settings, name)) for name in SLIDERS}
-        self._image = widgets.Image(format="png", layout={"width": "100%", "max_width": "1100px"})
+        self._image = widgets.Image(
+            format="png", layout={"max_width": "1100px", "margin": "0", "object_fit": "contain"}
+        )
         self._said = widgets.HTML()
         reset = widgets.Button(description="reset", tooltip="the settings at the start", layout={"width": "80px"})
         reset.on_click(lambda _: self.reset())
         for slider in self.sliders.values():
             slider.observe(self._moved, names="value")
-        columns = [[self.sliders[name] for name in names] for names in (
-            ("mean", "dispersion", "persistence"), ("draft_time", "verify_time", "verify_slope"), ("max_candidates",)
-        )]  # fmt: skip
-        columns[2].append(reset)
-        self.widget = widgets.VBox(
-            [widgets.HBox([widgets.VBox(column) for column in columns]), self._said, self._image]
-        )
+        grid = [self.sliders[name] for name in GRID]
+        grid.insert(grid.index(self.sliders["persistence"]), reset)
+        narrow = {"max_width": "1100px", "overflow": "hidden"}  # no scroll bars for a margin of two pixels
+        sliders = widgets.GridBox(grid, layout={"grid_template_columns": "repeat(3, minmax(0, 1fr))", **narrow})
+        self.widget = widgets.VBox([sliders, self._said, self._image], layout=narrow)
         self.redraw()
 
     def reset(self) -> None:
@@ -164,5 +167,5 @@ def _slider(widgets: Any, name: str, value: float) -> Any:
         value=value, min=min(shown.low, value), max=max(shown.high, value), step=shown.step,
         description=shown.label, tooltip=shown.means, continuous_update=True,
         readout_format="d" if whole else ".2f" if shown.high <= 1.0 else ".1f",
-        style={"description_width": "112px"}, layout={"width": "330px"},
+        style={"description_width": "112px"}, layout={"width": "auto"},
     )  # fmt: skip
