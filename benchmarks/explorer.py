@@ -9,9 +9,12 @@ widget included; the first one, imports of matplotlib and fonts apart, by itself
 peer_s / ours_s, or the goal over ours.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
+
+sys.path.append(sys.path.pop(0))  # in its folder is a file with a package's name
 
 import numpy as np
 from measure import options, printer
