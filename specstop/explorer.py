@@ -15,6 +15,7 @@ Without ipywidgets there is the picture of the settings given, and a line that s
 import asyncio
 import html
 import sys
+from base64 import b64encode
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -154,8 +155,10 @@ class Explorer:
         except RuntimeError:
             self.redraw()
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        return self.widget._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        """The widget; where a saved notebook is read without a kernel, the picture and its sentence."""
+        still = {"image/png": b64encode(self._image.value).decode(), "text/plain": headline(self.result)}
+        return dict(self.widget._repr_mimebundle_(**kwargs) or {}) | still
 
 
 def _slider(widgets: Any, name: str, value: float) -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import sys
+from base64 import b64decode
 
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ def test_moving_a_slider_redraws(widget):
     assert headline(widget.result) == widget.widget.children[1].value
     widget.reset()
     assert widget.widget.children[2].value == before
+
+
+def test_a_saved_notebook_shows_the_picture_to_readers_without_a_kernel(widget):
+    bundle = widget._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"].startswith("Optimum")
+    assert b64decode(bundle["image/png"]) == widget.widget.children[2].value
 
 
 def test_that_check_can_fail(widget):
