@@ -36,7 +36,7 @@ STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.
 class OverviewPicture:
     """Thresholds, speedup and frontier of an `Overview`, side by side.
 
-    `figure` is the matplotlib figure, as last drawn; `num_full` counts how often everything was drawn.
+    `figure` is the matplotlib figure, as last drawn; `num_full` counts panels drawn in full.
     """
 
     def __init__(self) -> None:
@@ -44,12 +44,12 @@ class OverviewPicture:
         with matplotlib.rc_context(dict(STYLE)):
             self.figure = Figure(figsize=SIZE, dpi=DPI)
             self._canvas = FigureCanvasAgg(self.figure)
-            self._panels = [_Panel(axes) for axes in self.figure.subplots(1, 3, gridspec_kw=MARGINS)]
+            self._panels = [_Panel(*pair) for pair in enumerate(self.figure.subplots(1, 3, gridspec_kw=MARGINS))]
             self._make()
 
     @property
     def num_full(self) -> int:
-        """How often a panel was drawn in full."""
+        """Panels drawn in full so far, not from kept pixels."""
         return sum(panel.num_full for panel in self._panels)
 
     def _make(self) -> None:
@@ -123,8 +123,10 @@ class OverviewPicture:
 class _Panel:
     """One third of the figure: what does not move in it, kept as pixels until an axis changes its range."""
 
-    def __init__(self, axes: Axes) -> None:
+    def __init__(self, number: int, axes: Axes) -> None:
         self.axes, self.kept, self.num_full = axes, None, 0
+        whole = axes.figure.bbox
+        self._third = Bbox.from_bounds(number * whole.width / 3, 0, whole.width / 3, whole.height)
         self._ends: _Ends | None = None
 
     def keep(self, canvas: FigureCanvasAgg, ends: _Ends) -> None:
@@ -136,13 +138,8 @@ class _Panel:
             renderer = canvas.get_renderer()
             self.axes.figure.patch.draw(renderer)
             self.axes.draw(renderer)
-        self.kept = canvas.copy_from_bbox(self._third())
+        self.kept = canvas.copy_from_bbox(self._third)
         self._ends, self.num_full = ends, self.num_full + 1
-
-    def _third(self) -> Bbox:
-        place, width = self.axes.get_subplotspec(), self.axes.figure.bbox.width / 3
-        number = place.colspan.start
-        return Bbox.from_bounds(number * width, 0, width, self.axes.figure.bbox.height)
 
 
 def _ends(result: Overview) -> tuple[_Ends, _Ends, _Ends]:
