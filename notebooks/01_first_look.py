@@ -18,11 +18,13 @@
 #
 # A draft model proposes candidate tokens, a target model verifies them in one pass and keeps the prefix it accepts.
 # Every candidate costs a draft step; those behind the first rejected one are lost. So before each draft step there is
-# one question: go on, or verify now? This notebook
+# one question: go on, or verify now?
 #
-# 1. solves such a problem exactly and looks at the policy,
-# 2. compares rules by exact value and by simulation,
-# 3. replays rules on a trace recorded from a real pair.
+# **What this shows.** Such a problem is solved exactly; rules are compared by exact value and by simulation; then they
+# are replayed on a trace recorded from a real pair.
+#
+# **What to conclude.** Exact value and simulation agree. A good fixed length gains most; rules that read what the draft
+# knows gain a little more; what is left to gain is what the draft cannot see.
 #
 # `make demo` does the same at full size and leaves the trace that part 3 reads. Without it, or with `SPECSTOP_SMALL=1`,
 # a tiny random pair is recorded on the spot.
@@ -158,5 +160,5 @@ display(figures.policies(replayed, note="Draft step: 0.22 target calls, declared
 # the rows above is what a better signal could still earn. The thresholds here are a round .5, not tuned: `make demo`
 # tunes them on the training half.
 #
-# To go on: change `process`, the cost or `max_candidates` above; write a rule of your own (five lines, see
+# **Next.** Change `process`, the cost or `max_candidates` above; write a rule of your own (five lines, see
 # `mdp/policy.py`) and hand it to `evaluate`, `simulate` and `replay`; record another pair with `specstop record`.
