@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdp.policy import SIGNALS
 from specstop import inputs
-from specstop.output import emit, json_line, key_values, policy_table, schema_text, solution_text, table
+from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
 from specstop.traces import load_trace
 
 if TYPE_CHECKING:
@@ -366,6 +366,7 @@ def study(args: Namespace) -> int:
 def schema(args: Namespace) -> int:
     """Every kind and key of the problem file, with shapes, units, ranges and defaults."""
     from mdp.problem import schema
+    from specstop.output import schema_text
 
     known = schema()
     if args.json:
