@@ -13,7 +13,7 @@ from typing import Any
 from mdp.policy import SIGNALS
 from specstop import inputs
 from specstop.heads import with_head
-from specstop.output import emit, json_line, key_values, policy_table, schema_text, solution_text, table
+from specstop.output import emit, json_line, key_values, policy_table, solution_text, table
 from specstop.traces import load_trace
 
 __all__ = [
@@ -230,6 +230,7 @@ def study(args: Namespace) -> int:
 def schema(args: Namespace) -> int:
     """Every kind and key of the problem file, with shapes, units, ranges and defaults."""
     from mdp.problem import schema
+    from specstop.schema import schema_text
 
     known = schema()
     if args.json:
