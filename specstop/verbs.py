@@ -195,8 +195,8 @@ def import_(args: Namespace) -> int:
 
 
 def validate(args: Namespace) -> int:
-    """What each file or folder is, and that it is sound; the first that is not is named."""
-    from specstop.traces import validate
+    """Files checked, or a pair predicted, replayed and run live."""
+    from specstop.validation import validate
 
     return validate(args)
 

@@ -1,0 +1,133 @@
+r"""What a process fitted to half of a trace predicts for a policy, and how sure the fit makes that.
+
+The prediction is exact for the fitted process (`mdp.evaluate`): long-run throughput and rates on endless text, the
+policy's parameters as they are. Which process can express a policy depends on what the rule reads: nothing, and every
+process will do; a signal, and it is the chain of that signal's bins; more than that, or past rounds, and there is no
+prediction.
+
+*Interval.* Delete-a-group jackknife over training requests: G groups, the processes fitted again without each of them,
+values $\theta_{(g)}$ with mean $\bar\theta$, $\mathrm{se}^2 = \frac{G-1}{G} \sum_g (\theta_{(g)} - \bar\theta)^2$,
+Student's t with G - 1 degrees of freedom. The edges of a signal's bins are kept from the whole half, so that what is
+refitted is a smooth function of counts. It is the sampling error of the fit alone: what the process leaves out (where
+rounds start, how texts end) is not in it, and is what comparing with the replay shows.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from mdp.cost import Cost
+from mdp.entrants import needs
+from mdp.evaluate import Evaluation, evaluate
+from mdp.fit_processes import Fitted, fit_beta, fit_chain, fit_hidden, fit_iid, fit_position
+from mdp.policy import Policy, PolicySpec
+from mdp.trace import Trace
+from simulate.estimate import Estimate, interval
+from simulate.replay import SIGNAL_FIELDS
+
+__all__ = ["RATES", "Prediction", "Processes", "predict", "signal_of"]
+
+RATES = ("throughput", "block_efficiency", "discard_rate", "verification_rate")
+DRAFT_SIDE = ("draft_prob", "top_prob", "entropy")
+
+
+@dataclass(frozen=True, eq=False)
+class Processes:
+    """The processes fitted to all training requests, and without each group of them.
+
+    Attributes:
+        whole: by name.
+        without: one mapping a group; a process that is slow to fit may be missing there, and has no interval.
+    """
+
+    whole: dict[str, Fitted]
+    without: tuple[dict[str, Fitted], ...]
+
+    @classmethod
+    def fit(
+        cls, trace: Trace, train: Int[np.ndarray, " R"], signals: tuple[str, ...], num_regimes: int, groups: int,
+        tell: Callable[[], Any] = lambda: None,
+    ) -> "Processes":  # fmt: skip
+        """Fit all of them; `tell` is called after each of groups + 1 rounds of fitting."""
+        chains = {name: fit_chain(trace, name, train) for name in signals}
+        edges = {name: chain.model.edges for name, chain in chains.items() if chain.model is not None}
+
+        def every(requests: np.ndarray) -> dict[str, Fitted]:
+            ways: list[Callable[..., Fitted]] = [fit_iid, fit_position, fit_beta]
+            ways.append(partial(fit_hidden, num_regimes=num_regimes))
+            ways += [partial(fit_chain, signal=name, edges=edges[name]) for name in signals]
+            found = [way(trace, requests=requests) for way in ways]
+            tell()
+            return {fit.name: fit for fit in found}
+
+        parts = [train[g :: min(groups, len(train))] for g in range(min(groups, len(train)))]
+        without = tuple(every(np.setdiff1d(train, part)) for part in parts) if len(train) > 1 else ()
+        return cls(every(train), without)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Exact figures of a policy on a fitted process; `ses` of the fit, nan without groups."""
+
+    process: str
+    values: dict[str, float]
+    ses: dict[str, float]
+    num_groups: int
+
+    def to_dict(self, level: float) -> dict[str, Any]:
+        half = {name: interval(Estimate(self.values[name], se), self.num_groups, level) for name, se in self.ses.items()}
+        return {**self.values, "interval": list(half["throughput"]), "process": self.process,
+                "intervals": {name: list(ends) for name, ends in half.items()}}  # fmt: skip
+
+
+def signal_of(spec: PolicySpec, rule: Policy) -> str | None:
+    """The one signal that a rule reads, None if it reads nothing.
+
+    Raises:
+        ValueError: if no fitted process shows what the rule reads.
+    """
+    wanted = needs(rule) - {"verify_time", "step_time"}
+    raw = [name for name in DRAFT_SIDE if name in wanted]
+    if type(rule).end_round is not Policy.end_round:
+        raise ValueError("it remembers past rounds")
+    signals = {*raw, *([spec.signal or "token_accept_prob"] if wanted & SIGNAL_FIELDS else [])}
+    beyond = wanted - SIGNAL_FIELDS - {*DRAFT_SIDE, "token_accept_prob"}
+    if len(signals) > 1 or beyond or ("token_accept_prob" in wanted and raw):
+        raise ValueError(f"it reads {', '.join(sorted(wanted))}, which no fitted process shows together")
+    if "token_accept_prob" in wanted:
+        return "token_accept_prob"
+    return next(iter(signals), None)
+
+
+def predict(
+    fits: Processes, name: str, spec: PolicySpec, rule: Policy, cost: Cost, max_candidates: int
+) -> Prediction:  # fmt: skip
+    """The policy under the process `name`; `rule` is the spec's, solved if it has to be.
+
+    Raises:
+        ValueError: if the process cannot say what the policy would earn.
+    """
+    bare = replace(spec, policy=rule, signal=None)
+
+    def values(fitted: Fitted) -> dict[str, float]:
+        found: Evaluation = evaluate(fitted.problem(cost, max_candidates), bare)
+        return {"throughput": found.throughput} | {key: float(getattr(found.tally, key)) for key in RATES[1:]}
+
+    whole = values(fits.whole[name])
+    try:
+        parts = [values(fitted[name]) for fitted in fits.without if name in fitted]
+    except ValueError:
+        parts = []
+    return Prediction(name, whole, {key: _jackknife([part[key] for part in parts]) for key in RATES}, len(parts))
+
+
+def _jackknife(values: list[float]) -> float:
+    count = len(values)
+    return math.sqrt((count - 1) * float(np.var(values))) if count > 1 else math.nan
+
+
