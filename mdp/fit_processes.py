@@ -39,7 +39,7 @@ __all__ = ["Fitted", "SignalChain", "beta_cells", "choose_regimes", "fit_beta", 
 
 REGIMES = (2, 3, 4)
 RESTARTS = 4
-MOST_TEXTS = 512  # of EM, which takes time in proportion; the first of those given
+MOST_TEXTS = 256  # of EM, which takes time in proportion; the first of those given
 LEAK = 1e-6  # of each regime's law, so that no regime is left for good and start regimes communicate
 
 
@@ -140,10 +140,15 @@ def held_cells(trace: Trace, runs: Runs, cells: int = CELLS) -> Float[np.ndarray
     return counts / counts.sum()
 
 
-def fit_hidden(trace: Trace, requests: Int[np.ndarray, " R"], num_regimes: int, key: int = 0) -> Fitted:
-    """Hidden regimes along the text, rounds persisting in them."""
+def fit_hidden(
+    trace: Trace, requests: Int[np.ndarray, " R"], num_regimes: int, start: AcceptanceProcess | None = None
+) -> Fitted:
+    """Hidden regimes along the text, rounds persisting in them; `start` is a chain fitted to much the same requests."""
     texts = flag_sequences(trace)
-    fit = fit_regimes([texts[r] for r in requests[:MOST_TEXTS]], num_regimes, key=key, restarts=RESTARTS)
+    begin = start if isinstance(start, MarkovModulated) else None
+    fit = fit_regimes(
+        [texts[r] for r in requests[:MOST_TEXTS]], num_regimes, restarts=RESTARTS, start=begin, compare=False
+    )
     found = fit.process
     transition = (1.0 - LEAK) * found.transition + LEAK / num_regimes
     weight = fit.occupancy * fit.num_observations

@@ -15,7 +15,6 @@ rounds start, how texts end) is not in it, and is what comparing with the replay
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,21 +52,24 @@ class Processes:
         cls, trace: Trace, train: Int[np.ndarray, " R"], signals: tuple[str, ...], num_regimes: int, groups: int,
         tell: Callable[[], Any] = lambda: None,
     ) -> "Processes":  # fmt: skip
-        """Fit all of them; `tell` is called after each of groups + 1 rounds of fitting."""
+        """Fit all of them; `tell` is called after each group. EM starts again from the fit to all requests."""
         chains = {name: fit_chain(trace, name, train) for name in signals}
-        edges = {name: chain.model.edges for name, chain in chains.items() if chain.model is not None}
+        hidden = fit_hidden(trace, train, num_regimes)
+        known = [fit(trace, train) for fit in (fit_iid, fit_position, fit_beta)]
+        whole = {fitted.name: fitted for fitted in (*known, hidden, *chains.values())}
 
-        def every(requests: np.ndarray) -> dict[str, Fitted]:
-            ways: list[Callable[..., Fitted]] = [fit_iid, fit_position, fit_beta]
-            ways.append(partial(fit_hidden, num_regimes=num_regimes))
-            ways += [partial(fit_chain, signal=name, edges=edges[name]) for name in signals]
-            found = [way(trace, requests=requests) for way in ways]
+        def again(requests: np.ndarray) -> dict[str, Fitted]:
+            found = [fit(trace, requests) for fit in (fit_iid, fit_position, fit_beta)]
+            found.append(fit_hidden(trace, requests, num_regimes, start=hidden.acceptance))
+            for name, chain in chains.items():
+                assert chain.model is not None
+                found.append(fit_chain(trace, name, requests, edges=chain.model.edges))
             tell()
-            return {fit.name: fit for fit in found}
+            return {fitted.name: fitted for fitted in found}
 
-        parts = [train[g :: min(groups, len(train))] for g in range(min(groups, len(train)))]
-        without = tuple(every(np.setdiff1d(train, part)) for part in parts) if len(train) > 1 else ()
-        return cls(every(train), without)
+        groups = min(groups, len(train))
+        without = [again(np.setdiff1d(train, train[g::groups])) for g in range(groups)] if len(train) > 1 else []
+        return cls(whole, tuple(without))
 
 
 @dataclass(frozen=True)

@@ -173,10 +173,10 @@ def run_live(
         run = decode(pair, prompt, ready.spec, **sampling, estimator=estimator, score=ready.scored, request=request,
                      state=state if ready.rule.persists else None)  # fmt: skip
         state = run.state
-        drafted, accepted, emitted, cut = np.array(run.rounds).T
-        rows.append((np.bincount(drafted, minlength=most + 1), accepted.sum(), emitted.sum(), cut.sum(), run.time,
-                     run.draft_time, run.verify_time))  # fmt: skip
-        tell(int(emitted.sum()))
+        drafted = np.bincount([step.num_drafted for step in run.rounds], minlength=most + 1)
+        counts = [sum(getattr(step, name) for step in run.rounds) for name in ("num_accepted", "num_emitted", "num_cut")]
+        rows.append((drafted, *counts, run.time, run.draft_time, run.verify_time))
+        tell(counts[1])
     return LiveRuns(*(np.array(column) for column in zip(*rows, strict=True)))
 
 

@@ -83,7 +83,7 @@ TINY: dict[str, Any] = {"prompts": "drawn", "max_new_tokens": 32, "max_candidate
 PROFILES: dict[tuple[bool, bool], dict[str, Any]] = {
     (False, False): {},
     (False, True): {"num_prompts": 8, "max_new_tokens": 24, "groups": 4, "timing_repeats": 2},
-    (True, False): TINY | {"num_prompts": 7000},
+    (True, False): TINY | {"num_prompts": 6000},
     (True, True): TINY | {"num_prompts": 160, "groups": 8},
 }
 """Settings that differ from the defaults, for (tiny pair, quick)."""
@@ -366,7 +366,8 @@ class _Work:
         self.ready: list[Ready] = make_ready(trace, texts, cost, self.train)
         self.num_regimes, self.regime_scores = choose_regimes(trace, self.train)
         held = [name for name in SIGNALS if name in trace.rollout_features]
-        self.fits = Processes.fit(trace, self.train, tuple(held), self.num_regimes, self.settings.groups)
+        self.fits = Processes.fit(trace, self.train, tuple(held), self.num_regimes, self.settings.groups,
+                                  lambda: self.progress.tell("fitting acceptance processes"))  # fmt: skip
 
     def predict(self) -> None:
         """Scores of the processes on the test half, and every policy under those that can express it."""
