@@ -34,8 +34,10 @@ from mdp.problem import Persistent, StoppingProblem
 from mdp.regimes import fit_regimes, flag_sequences
 from mdp.trace import Trace
 
-__all__ = ["Fitted", "SignalChain", "beta_cells", "choose_regimes", "fit_beta", "fit_chain", "fit_hidden", "fit_iid",
-           "fit_position", "held_cells"]  # fmt: skip
+__all__ = [
+    "MOST_TEXTS", "Fitted", "SignalChain", "beta_cells", "choose_regimes", "fit_beta", "fit_chain", "fit_hidden",
+    "fit_iid", "fit_position", "held_cells",
+]  # fmt: skip
 
 REGIMES = (2, 3, 4)
 RESTARTS = 4

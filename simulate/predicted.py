@@ -23,7 +23,7 @@ from jaxtyping import Int
 from mdp.cost import Cost
 from mdp.entrants import needs
 from mdp.evaluate import Evaluation, evaluate
-from mdp.fit_processes import Fitted, fit_beta, fit_chain, fit_hidden, fit_iid, fit_position
+from mdp.fit_processes import MOST_TEXTS, Fitted, fit_beta, fit_chain, fit_hidden, fit_iid, fit_position
 from mdp.policy import Policy, PolicySpec
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval
@@ -60,7 +60,8 @@ class Processes:
 
         def again(requests: np.ndarray) -> dict[str, Fitted]:
             found = [fit(trace, requests) for fit in (fit_iid, fit_position, fit_beta)]
-            found.append(fit_hidden(trace, requests, num_regimes, start=hidden.acceptance))
+            some = np.intersect1d(requests, train[:MOST_TEXTS])  # of those that the whole fit was made from
+            found.append(fit_hidden(trace, some, num_regimes, start=hidden.acceptance))
             for name, chain in chains.items():
                 assert chain.model is not None
                 found.append(fit_chain(trace, name, requests, edges=chain.model.edges))
@@ -82,7 +83,9 @@ class Prediction:
     num_groups: int
 
     def to_dict(self, level: float) -> dict[str, Any]:
-        half = {name: interval(Estimate(self.values[name], se), self.num_groups, level) for name, se in self.ses.items()}
+        half = {
+            name: interval(Estimate(self.values[name], se), self.num_groups, level) for name, se in self.ses.items()
+        }
         return {**self.values, "interval": list(half["throughput"]), "process": self.process,
                 "intervals": {name: list(ends) for name, ends in half.items()}}  # fmt: skip
 
@@ -131,5 +134,3 @@ def predict(
 def _jackknife(values: list[float]) -> float:
     count = len(values)
     return math.sqrt((count - 1) * float(np.var(values))) if count > 1 else math.nan
-
-

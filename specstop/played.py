@@ -174,7 +174,9 @@ def run_live(
                      state=state if ready.rule.persists else None)  # fmt: skip
         state = run.state
         drafted = np.bincount([step.num_drafted for step in run.rounds], minlength=most + 1)
-        counts = [sum(getattr(step, name) for step in run.rounds) for name in ("num_accepted", "num_emitted", "num_cut")]
+        counts = [
+            sum(getattr(step, name) for step in run.rounds) for name in ("num_accepted", "num_emitted", "num_cut")
+        ]
         rows.append((drafted, *counts, run.time, run.draft_time, run.verify_time))
         tell(counts[1])
     return LiveRuns(*(np.array(column) for column in zip(*rows, strict=True)))

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from specstop.output import table, write_file
+
 __all__ = ["explain", "headline", "write_report"]
 
 LARGE = 0.03
@@ -48,7 +50,9 @@ def _why_predicted(predicted: Mapping[str, Any], replayed: Mapping[str, Any], ra
 
 def _why_live(entry: Mapping[str, Any], worst: str) -> str:
     z, one, other = entry["z"][worst], entry["replayed"][worst], entry["live"][worst]
-    text = f"Replay and live differ by {abs(z):.1f} standard errors in {worst.replace('_', ' ')} ({one:.3f}, {other:.3f})"
+    text = (
+        f"Replay and live differ by {abs(z):.1f} standard errors in {worst.replace('_', ' ')} ({one:.3f}, {other:.3f})"
+    )
     if abs(z) > ALARMING:
         return text + ": more than chance explains; look for a fault in the replay or in the live loop."
     return text + ": within what chance gives one of so many comparisons."
@@ -56,8 +60,6 @@ def _why_live(entry: Mapping[str, Any], worst: str) -> str:
 
 def headline(result: Mapping[str, Any], out: str | Path) -> str:
     """The table for the terminal."""
-    from specstop.output import table
-
     rows = []
     for entry in result["policies"]:
         row = {"policy": entry["policy"]}
@@ -68,8 +70,8 @@ def headline(result: Mapping[str, Any], out: str | Path) -> str:
         rows.append(row | {"z": _number(entry["z_replay_live"], 2)})
     pair, widths = result["pair"], result["half_widths"]
     lines = [
-        f"{pair['target']}, draft {pair['draft']}: {pair['num_training']} requests train, {pair['num_held_out']} judge; "
-        f"throughput under {result['cost']['origin']} times",
+        f"{pair['target']}, draft {pair['draft']}: {pair['num_training']} requests train, {pair['num_held_out']} "
+        f"judge; throughput under {result['cost']['origin']} times",
         table(rows),
         "widest relative half-width: " + ", ".join(f"{kind} {_percent(value)}" for kind, value in widths.items()),
         f"report: {Path(out) / 'report.md'} ({result['seconds']['total']:.0f} s)",
@@ -79,8 +81,6 @@ def headline(result: Mapping[str, Any], out: str | Path) -> str:
 
 def write_report(result: Mapping[str, Any], out: Path) -> None:
     """`report.md`, to be read on its own."""
-    from specstop.validation import _write
-
     parts = [
         "# Predicted, replayed, live",
         _opening(result),
@@ -96,7 +96,7 @@ def write_report(result: Mapping[str, Any], out: Path) -> None:
         _caveats(result),
         _colophon(result),
     ]
-    _write(out / "report.md", "\n\n".join(parts) + "\n")
+    write_file(out / "report.md", "\n\n".join(parts) + "\n")
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -129,17 +129,17 @@ def _opening(result: Mapping[str, Any]) -> str:
     declared = ""
     if cost["origin"] == "declared" and pair["draft_is_target_time"]:
         declared = (
-            " The draft is the target itself, changed: it drafts as a good draft would and takes the target's own time. "
-            "So throughput is under *declared* times; what the clock said stands in the last columns."
+            " The draft is the target itself, changed: it drafts as a good draft would and takes the target's own "
+            "time. So throughput is under *declared* times; what the clock said stands in the last columns."
         )
     return (
         f"Target `{pair['target']}`, draft `{pair['draft']}`, prompts `{pair['prompts']}`. Temperature "
         f"{sampling['temperature']:g}, top-k {sampling['top_k']}, at most {sampling['max_new_tokens']} new tokens and "
         f"{sampling['max_candidates']} candidates a round. {pair['num_positions']:,} tokens were recorded{again} over "
         f"{pair['num_requests']} requests, which a hash of their ids splits in two: {pair['num_training']} train "
-        f"(processes are fitted to them, every parameter is chosen on them), {pair['num_held_out']} judge. Every policy "
-        "is *predicted* from the training half, *replayed* on the other one, and run *live* on the other one's prompts "
-        f"with draws of its own. Times ({cost['origin']}): {times}.{declared}"
+        f"(processes are fitted to them, every parameter is chosen on them), {pair['num_held_out']} judge. Every "
+        "policy is *predicted* from the training half, *replayed* on the other one, and run *live* on the other one's "
+        f"prompts with draws of its own. Times ({cost['origin']}): {times}.{declared}"
     )
 
 
@@ -157,9 +157,10 @@ def _policies(result: Mapping[str, Any]) -> str:
         ])  # fmt: skip
     header = ("policy", "predicted", "replayed", "live", "z, replay - live", "live, tokens/s by the clock")
     widths = ", ".join(f"{kind} {_percent(value)}" for kind, value in result["half_widths"].items())
-    origins = sorted({entry["predicted"]["process"] for entry in result["policies"] if "process" in entry["predicted"]})
+    predictions = [entry["predicted"] for entry in result["policies"]]
+    origins = sorted({predicted["process"] for predicted in predictions if "process" in predicted})
     return (
-        f"Throughput (tokens per unit time, the unit of the times above) with {level} intervals, clustered by request.\n\n"
+        f"Throughput (tokens per unit time, the unit of the times above) with {level} intervals by request.\n\n"
         + _table(header, rows)
         + f"\n\nWidest relative half-width: {widths}. Predicted on {', '.join(f'`{name}`' for name in origins)}; its "
         "interval is the fit's sampling error alone (jackknife over groups of training requests). z is of the paired "
@@ -209,9 +210,8 @@ def _processes(result: Mapping[str, Any]) -> str:
     best = max(unseen, key=lambda row: row["heldout_loglik"] if row["heldout_loglik"] is not None else -math.inf)
     gain = best["over_iid"]
     clear = gain["value"] > NOTABLE * gain["se"]
-    text += (
-        f"\n\nOf those that see nothing `{best['name']}` does best, {_number(gain['value'], 4, '+')} over iid: "
-        + ("clear of chance." if clear else "not clear of chance, so iid is not refuted here.")
+    text += f"\n\nOf those that see nothing `{best['name']}` does best, {_number(gain['value'], 4, '+')} over iid: " + (
+        "clear of chance." if clear else "not clear of chance, so iid is not refuted here."
     )
     for row in result["processes"]:
         if row["name"] == "markov_modulated":
@@ -221,8 +221,8 @@ def _processes(result: Mapping[str, Any]) -> str:
             more = row["cells"]["over_histogram"]
             text += (
                 " A Beta mixture's flags are iid's, so the score above cannot tell the two apart; of the acceptance "
-                f"probabilities themselves its law loses {_number(-more['value'], 4)} ± {_number(more['se'], 4)} nats a "
-                "candidate to the training half's own histogram."
+                f"probabilities themselves its law loses {_number(-more['value'], 4)} ± {_number(more['se'], 4)} nats "
+                "a candidate to the training half's own histogram."
             )
     return text + " `token_accept_prob` is what a perfect head would see: a ceiling."
 
@@ -260,7 +260,7 @@ def _caveats(result: Mapping[str, Any]) -> str:
     ]
     if result["pair"]["num_held_out"] < 30:
         points.append(
-            f"{result['pair']['num_held_out']} requests judge: Student intervals lean on a shape that so few cannot check."
+            f"{result['pair']['num_held_out']} requests judge: Student intervals lean on a shape that few cannot check."
         )
     return "\n".join(f"- {point}" for point in points)
 

@@ -117,7 +117,11 @@ def test_rounds_of_full_depth_by_hand():
     runs = full_rounds(trace, np.array([0, 1]))
     # at 2 three candidates and a bonus; the end-of-text of the second is accepted, nothing is drafted behind it
     assert list(zip(*(part.tolist() for part in runs[:4]), strict=True)) == [(0, 0, 3, 1), (0, 2, 3, 3), (1, 6, 2, 2)]
-    assert [part.tolist() for part in runs.tested()] == [[0, 1, 2, 3, 4, 6, 7], [1, 2, 1, 2, 3, 1, 2], [0] * 5 + [1] * 2]
+    assert [part.tolist() for part in runs.tested()] == [
+        [0, 1, 2, 3, 4, 6, 7],
+        [1, 2, 1, 2, 3, 1, 2],
+        [0] * 5 + [1] * 2,
+    ]
 
 
 def sample(process, persistent, texts=150, length=40, depth=4, seed=0):
