@@ -8,12 +8,16 @@ prediction.
 *Interval.* Delete-a-group jackknife over training requests: G groups, the processes fitted again without each of them,
 values $\theta_{(g)}$ with mean $\bar\theta$, $\mathrm{se}^2 = \frac{G-1}{G} \sum_g (\theta_{(g)} - \bar\theta)^2$,
 Student's t with G - 1 degrees of freedom. The edges of a signal's bins are kept from the whole half, so that what is
-refitted is a smooth function of counts. It is the sampling error of the fit alone: what the process leaves out (where
-rounds start, how texts end) is not in it, and is what comparing with the replay shows.
+refitted is a smooth function of counts. It is the sampling error of the fit alone: what the process leaves out is not
+in it, and is what comparing with the replay shows.
+
+*Texts that end.* Exact figures are of endless text. `with_ends` simulates the same rules on the same process with texts
+of the trace's maximum length that end by chance as often as those of the training half; the difference is what the
+ends of texts are worth.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,8 +32,9 @@ from mdp.policy import Policy, PolicySpec
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval
 from simulate.replay import SIGNAL_FIELDS
+from simulate.requests import Requests
 
-__all__ = ["RATES", "Prediction", "Processes", "predict", "signal_of"]
+__all__ = ["RATES", "Prediction", "Processes", "predict", "signal_of", "with_ends"]
 
 RATES = ("throughput", "block_efficiency", "discard_rate", "verification_rate")
 DRAFT_SIDE = ("draft_prob", "top_prob", "entropy")
@@ -129,6 +134,25 @@ def predict(
     except ValueError:
         parts = []
     return Prediction(name, whole, {key: _jackknife([part[key] for part in parts]) for key in RATES}, len(parts))
+
+
+def with_ends(
+    fits: Processes, name: str, rules: Sequence[tuple[PolicySpec, Policy]], cost: Cost, trace: Trace,
+    train: Int[np.ndarray, " R"], rounds: int, seed: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What each rule earns on the process `name` if texts end: every rate, simulated, and the throughput's error."""
+    from simulate.rounds import simulate  # imports jax: only here
+
+    ended = float(trace.ends[train].sum() / np.diff(trace.offsets)[train].sum())
+    texts = Requests(int(np.max(trace.limit)), ended)
+    bare = [replace(spec, policy=rule, signal=None) for spec, rule in rules]
+    problem = fits.whole[name].problem(cost, trace.max_candidates)
+    found = simulate(problem, bare, rounds=rounds, key=seed, requests=texts)
+    return [
+        {**{key: float(getattr(result.total, key)) for key in RATES}, "se": result.throughput.se, "end_prob": ended,
+         "rounds": rounds}
+        for result in found.policies
+    ]  # fmt: skip
 
 
 def _jackknife(values: list[float]) -> float:

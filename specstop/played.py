@@ -18,7 +18,7 @@ from mdp.problem import StoppingProblem
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, paired, ratio
 from simulate.predicted import RATES
-from simulate.replay import CHAIN_FIELDS, SIGNAL_FIELDS, RoundLog, check, fitted, replay_rounds
+from simulate.replay import CHAIN_FIELDS, SIGNAL_FIELDS, check, fitted, replay_rounds
 
 __all__ = ["LiveRuns", "Ready", "choose", "compare", "digest", "make_ready", "measures", "replayed", "run_live"]
 
@@ -117,10 +117,10 @@ def choose(trace: Trace, cost: Cost, train: Int[np.ndarray, " R"]) -> list[str]:
     ]
 
 
-def replayed(trace: Trace, ready: Ready, cost: Cost, requests: Int[np.ndarray, " R"]) -> tuple[Tally, RoundLog]:
-    """Sums by request of what the policy earns on the trace, and its rounds."""
+def replayed(trace: Trace, ready: Ready, cost: Cost, requests: Int[np.ndarray, " R"]) -> Tally:
+    """Sums by request of what the policy earns on the trace."""
     log = replay_rounds(trace, ready.spec, cost=cost, model=ready.model, requests=requests.tolist())
-    return log.tally(cost.round_times(trace.max_candidates), requests), log
+    return log.tally(cost.round_times(trace.max_candidates), requests)
 
 
 @dataclass(frozen=True, eq=False)

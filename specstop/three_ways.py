@@ -15,8 +15,8 @@ from mdp.cost import Affine, Cost
 from mdp.fit import split_requests
 from mdp.fit_processes import choose_regimes
 from mdp.trace import Trace
-from simulate.estimate import interval, ratio
-from simulate.predicted import Processes, predict, signal_of
+from simulate.estimate import Estimate, interval, ratio
+from simulate.predicted import Processes, predict, signal_of, with_ends
 from simulate.replay import measured_cost
 from specstop.played import LiveRuns, Ready, choose, compare, digest, make_ready, measures, replayed, run_live
 from specstop.scores import process_entries, training_scores
@@ -117,6 +117,24 @@ class Work:
         for ready in self.ready:
             self.progress.tell(f"predicting {ready.text}")
             self.entries.append({"policy": ready.text} | self._predicted(ready))
+        self._end_texts()
+
+    def _end_texts(self) -> None:
+        """The same predictions where texts end, all rules of one process on the same coins."""
+        of_process: dict[str, list[int]] = {}
+        for number, entry in enumerate(self.entries):
+            if "process" in entry["predicted"]:
+                of_process.setdefault(entry["predicted"]["process"], []).append(number)
+        for name, numbers in of_process.items():
+            self.progress.tell(f"simulating texts that end on {name}")
+            rules = [(self.ready[number].spec, self.ready[number].rule) for number in numbers]
+            found = with_ends(self.fits, name, rules, self.cost, self.trace, self.train, self.settings.rounds)
+            for number, result in zip(numbers, found, strict=True):
+                predicted = self.entries[number]["predicted"]
+                fit = predicted["se"]["throughput"] * result["throughput"] / predicted["throughput"]
+                both = Estimate(result["throughput"], math.hypot(fit, result.pop("se")))
+                ends = list(interval(both, len(self.fits.without), self.settings.level))
+                predicted["with_ends"] = result | {"interval": ends, "throughput_se": both.se}
 
     def _predicted(self, ready: Ready) -> dict[str, Any]:
         """Under the process that suits best, and under every other one that can express the policy."""
@@ -142,22 +160,11 @@ class Work:
         self.tallies = []
         for ready, entry in zip(self.ready, self.entries, strict=True):
             self.progress.tell(f"replaying {ready.text}")
-            tally, log = replayed(self.trace, ready, self.cost, self.test)
+            tally = replayed(self.trace, ready, self.cost, self.test)
             self.tallies.append(tally)
-            entry["replayed"] = measures(tally, self.settings.level) | self._away_from_ends(log)
-
-    def _away_from_ends(self, log: Any) -> dict[str, Any]:
-        """Rounds that no end of a text could shorten: their share and throughput."""
-        trace = self.trace
-        room = np.asarray(trace.limit)[log.request] - log.start - 1
-        after = log.start + log.num_emitted
-        last = after >= np.diff(trace.offsets)[log.request]
-        inner = (room >= trace.max_candidates) & ~(last & np.asarray(trace.ends)[log.request])
-        times = self.cost.round_times(trace.max_candidates)[log.num_drafted]
-        if not inner.any():
-            return {"inner_share": 0.0, "inner_throughput": None}
-        return {"inner_share": float(inner.mean()),
-                "inner_throughput": float(log.num_emitted[inner].sum() / times[inner].sum())}  # fmt: skip
+            known = replayed(self.trace, ready, self.cost, self.train)
+            entry["replayed"] = measures(tally, self.settings.level)
+            entry["replayed"]["on_training_half"] = float(known.num_emitted.sum() / known.time.sum())
 
     def live(self) -> None:
         """Every policy live on the test half's prompts, kept as soon as it is done."""
@@ -221,12 +228,12 @@ class Work:
 
 
 def _z(predicted: Mapping[str, Any], replayed: Mapping[str, Any]) -> float | None:
-    """Of the throughputs' difference, by both standard errors; they come from different requests."""
-    se = predicted.get("se", {}).get("throughput", math.nan)
-    spread = math.hypot(se, replayed["throughput_se"])
-    if "throughput" not in predicted or not spread > 0:
+    """Of the throughputs' difference where texts end, by both standard errors; they come from different requests."""
+    if "with_ends" not in predicted:
         return None
-    return (predicted["throughput"] - replayed["throughput"]) / spread
+    ended = predicted["with_ends"]
+    spread = math.hypot(ended["throughput_se"], replayed["throughput_se"])
+    return (ended["throughput"] - replayed["throughput"]) / spread if spread > 0 else None
 
 
 def _half_widths(entries: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

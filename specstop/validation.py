@@ -11,9 +11,11 @@ on its prompts.
   replay's (counts times times), so that the two differ by counts alone; what the clock said stands beside it.
 
 Replay and live are two samples of one law if replay is right. They are compared paired by request, since both met the
-same prompts: $z$ is the difference of the ratios over its standard error, clustered by request. Predictions are of
-endless text; what differs there is the process, the starts of rounds and the ends of texts, and the report says how
-much is due to the ends.
+same prompts: $z$ is the difference of the ratios over its standard error, clustered by request.
+
+Predictions are of endless text. What separates them from the replay is taken apart: the ends of texts (the same process
+simulated with texts that end), the halves (the replay of the training half against that of the other), and what is
+left, which is the process.
 
 No variance reduction is used but the pairing. What takes long is kept in `DIR/stages` with a hash of its settings: a
 killed run goes on where it was.
@@ -58,6 +60,7 @@ class Settings:
     seed: int = 0
     batch_size: int = 16
     groups: int = 20
+    rounds: int = 200_000
     timing_repeats: int = 5
     level: float = 0.95
 
@@ -71,9 +74,9 @@ TINY: dict[str, Any] = {"prompts": "drawn", "max_new_tokens": 32, "max_candidate
                         "timing_repeats": 11}  # fmt: skip
 PROFILES: dict[tuple[bool, bool], dict[str, Any]] = {
     (False, False): {},
-    (False, True): {"num_prompts": 8, "max_new_tokens": 24, "groups": 4, "timing_repeats": 2},
+    (False, True): {"num_prompts": 8, "max_new_tokens": 24, "groups": 4, "rounds": 20_000, "timing_repeats": 2},
     (True, False): TINY | {"num_prompts": 6000},
-    (True, True): TINY | {"num_prompts": 160, "groups": 8},
+    (True, True): TINY | {"num_prompts": 160, "groups": 8, "rounds": 20_000},
 }
 """Settings that differ from the defaults, for (tiny pair, quick)."""
 

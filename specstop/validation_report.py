@@ -20,32 +20,35 @@ RATES = {"block_efficiency": "tokens per target call", "discard_rate": "discarde
 def explain(entry: Mapping[str, Any]) -> list[str]:
     """One sentence for each difference between two of the three that is larger than it need be."""
     out = []
-    predicted, replayed = entry["predicted"], entry["replayed"]
-    z = entry["z_predicted_replayed"]
-    if "throughput" in predicted:
-        ratio = predicted["throughput"] / replayed["throughput"] - 1.0
-        if abs(ratio) > LARGE or (z is not None and abs(z) > NOTABLE):
-            out.append(_why_predicted(predicted, replayed, ratio, z))
+    predicted, z = entry["predicted"], entry["z_predicted_replayed"]
+    if "with_ends" in predicted:
+        off = predicted["throughput"] / entry["replayed"]["throughput"] - 1.0
+        if abs(off) > LARGE or (z is not None and abs(z) > NOTABLE):
+            out.append(_why_predicted(predicted, entry["replayed"], off, z))
     worst = max(entry["z"], key=lambda name: abs(entry["z"][name]))
     if abs(entry["z"][worst]) > NOTABLE:
         out.append(_why_live(entry, worst))
     return out
 
 
-def _why_predicted(predicted: Mapping[str, Any], replayed: Mapping[str, Any], ratio: float, z: float | None) -> str:
-    errors = "" if z is None else f" (z = {z:+.1f})"
-    text = f"Predicted {100 * ratio:+.1f} % against the replay{errors}"
-    inner = replayed["inner_throughput"]
-    if inner is None:
-        return text + ": every replayed round stands near the end of its text, where rounds are cut short."
-    left = predicted["throughput"] / inner - 1.0
-    ends = ratio - left
-    text += (
-        f": {100 * ends:+.1f} points go with the ends of texts ({100 * (1 - replayed['inner_share']):.0f} % of rounds "
-        f"stand where an end may shorten them), {100 * left:+.1f} with what the process leaves out or the sample"
+def _why_predicted(predicted: Mapping[str, Any], replayed: Mapping[str, Any], off: float, z: float | None) -> str:
+    """What a prediction's difference consists of, in points of the replayed throughput."""
+    ended, known, base = predicted["with_ends"], replayed["on_training_half"], replayed["throughput"]
+    ends, process, halves = (
+        100 * (one - other) / base
+        for one, other in ((predicted["throughput"], ended["throughput"]), (ended["throughput"], known), (known, base))
     )
-    more = predicted["block_efficiency"] - replayed["block_efficiency"]
-    return text + f"; tokens per target call {more:+.2f}."
+    chance = (
+        ""
+        if z is None
+        else f" With ends it is off by {abs(z):.1f} standard errors: "
+        + ("no more than chance gives." if abs(z) <= NOTABLE else "more than chance gives; the process is not all.")
+    )
+    return (
+        f"Predicted {100 * off:+.1f} % against the replay: {ends:+.1f} points are the ends of texts (the same process "
+        f"simulated with a chance of {ended['end_prob']:.3f} a token), {halves:+.1f} the two halves (the replay of the "
+        f"training one gives {known:.3f}), {process:+.1f} what the process leaves out.{chance}"
+    )
 
 
 def _why_live(entry: Mapping[str, Any], worst: str) -> str:
@@ -65,6 +68,8 @@ def headline(result: Mapping[str, Any], out: str | Path) -> str:
         row = {"policy": entry["policy"]}
         for kind in ("predicted", "replayed", "live"):
             row[kind] = _number(entry[kind].get("throughput"), 4)
+            if kind == "predicted":
+                row["texts end"] = _number(entry[kind].get("with_ends", {}).get("throughput"), 4)
             if kind != "predicted":
                 row[f"{kind} interval"] = _ends(entry[kind]["interval"], 3)
         rows.append(row | {"z": _number(entry["z_replay_live"], 2)})
@@ -148,14 +153,18 @@ def _policies(result: Mapping[str, Any]) -> str:
     rows = []
     for entry in result["policies"]:
         predicted, replayed, live = entry["predicted"], entry["replayed"], entry["live"]
+        ended = predicted.get("with_ends", {})
         shown = f"{_number(predicted.get('throughput'), 3)} {_ends(predicted.get('interval'), 3)}"
         rows.append([
-            f"`{entry['policy']}`", shown if "throughput" in predicted else f"none: {predicted['why']}",
+                        f"`{entry['policy']}`",
+            shown if "throughput" in predicted else f"none: {predicted['why']}",
+            f"{_number(ended.get('throughput'), 3)} {_ends(ended.get('interval'), 3)}",
             f"{_number(replayed['throughput'], 3)} {_ends(replayed['interval'], 3)}",
             f"{_number(live['throughput'], 3)} {_ends(live['interval'], 3)}", _number(entry["z_replay_live"], 2, "+"),
             f"{_number(live['wall']['throughput'], 2)} {_ends(live['wall']['interval'], 2)}",
         ])  # fmt: skip
-    header = ("policy", "predicted", "replayed", "live", "z, replay - live", "live, tokens/s by the clock")
+    header = ("policy", "predicted", "the same, texts end", "replayed", "live", "z, replay - live",
+              "live, tokens/s by the clock")  # fmt: skip
     widths = ", ".join(f"{kind} {_percent(value)}" for kind, value in result["half_widths"].items())
     predictions = [entry["predicted"] for entry in result["policies"]]
     origins = sorted({predicted["process"] for predicted in predictions if "process" in predicted})
@@ -163,7 +172,8 @@ def _policies(result: Mapping[str, Any]) -> str:
         f"Throughput (tokens per unit time, the unit of the times above) with {level} intervals by request.\n\n"
         + _table(header, rows)
         + f"\n\nWidest relative half-width: {widths}. Predicted on {', '.join(f'`{name}`' for name in origins)}; its "
-        "interval is the fit's sampling error alone (jackknife over groups of training requests). z is of the paired "
+        "interval is the fit's sampling error alone (jackknife over groups of training requests). It is of endless "
+        "text; beside it the same process simulated with texts that end. z is of the paired "
         "difference: replay and live met the same prompts, with different draws."
     )
 
@@ -253,8 +263,7 @@ def _question_table(question: Mapping[str, Any]) -> str:
 
 def _caveats(result: Mapping[str, Any]) -> str:
     points = [
-        "A prediction is of endless text on a fitted process. Its interval says how sure the fit is, not how right the "
-        "process is.",
+        "A prediction is of a fitted process. Its interval says how sure the fit is, not how right the process is.",
         "Five policies and four rates are twenty comparisons: one |z| above 2 among them is expected.",
         "Live wall-clock speeds are of one request at a time on this machine, reading the prompt included.",
     ]
