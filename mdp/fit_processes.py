@@ -40,7 +40,8 @@ __all__ = [
 ]  # fmt: skip
 
 REGIMES = (2, 3, 4)
-RESTARTS = 4
+RESTARTS, STEPS, TOL = 4, 200, 1e-5
+"""Of EM. What a step gains then is far below any standard error here, and stopping there overfits less."""
 MOST_TEXTS = 256  # of EM, which takes time in proportion; the first of those given
 LEAK = 1e-6  # of each regime's law, so that no regime is left for good and start regimes communicate
 
@@ -142,15 +143,11 @@ def held_cells(trace: Trace, runs: Runs, cells: int = CELLS) -> Float[np.ndarray
     return counts / counts.sum()
 
 
-def fit_hidden(
-    trace: Trace, requests: Int[np.ndarray, " R"], num_regimes: int, start: AcceptanceProcess | None = None
-) -> Fitted:
-    """Hidden regimes along the text, rounds persisting in them; `start` is a chain fitted to much the same requests."""
+def fit_hidden(trace: Trace, requests: Int[np.ndarray, " R"], num_regimes: int) -> Fitted:
+    """Hidden regimes along the text, rounds persisting in them."""
     texts = flag_sequences(trace)
-    begin = start if isinstance(start, MarkovModulated) else None
-    fit = fit_regimes(
-        [texts[r] for r in requests[:MOST_TEXTS]], num_regimes, restarts=RESTARTS, start=begin, compare=False
-    )
+    few = [texts[r] for r in requests[:MOST_TEXTS]]
+    fit = fit_regimes(few, num_regimes, restarts=RESTARTS, max_steps=STEPS, tol=TOL, compare=False)
     found = fit.process
     transition = (1.0 - LEAK) * found.transition + LEAK / num_regimes
     weight = fit.occupancy * fit.num_observations

@@ -102,7 +102,6 @@ def fit_regimes(
     restarts: int = 8,
     max_steps: int = 500,
     tol: float = 1e-7,
-    start: MarkovModulated | None = None,
     compare: bool = True,
 ) -> RegimeFit:
     """The most likely chain of `num_regimes` hidden regimes, by EM from several random starts.
@@ -113,7 +112,6 @@ def fit_regimes(
         symbols: per request the signal's bins 0, 1, .., as long as its flags.
         key: of the random starts.
         restarts, max_steps, tol: see the module docstring.
-        start: one chain to start from in the place of random ones, when much the same data were fitted before.
         compare: False leaves out the fit of one regime fewer, and `bic_gain` is nan.
 
     Raises:
@@ -130,13 +128,10 @@ def fit_regimes(
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= high:
             raise ValueError(f"{name}: must be a whole number in 1..{high}, got {value!r}")
     data = _Data.of(rows, symbols)
-    if start is not None and (start.num_regimes != num_regimes or symbols is not None):
-        raise ValueError(f"start: must have {num_regimes} regimes and no symbols, it has {start.num_regimes}")
-    chains = _Chains(data, num_regimes, key, restarts) if start is None else _Chains.at(start)
-    fit = _best(data, chains, max_steps, tol)
-    if num_regimes == 1 or start is not None or not compare:
+    fit = _best(data, num_regimes, key, restarts, max_steps, tol)
+    if num_regimes == 1 or not compare:
         return fit
-    fewer = _best(data, _Chains(data, num_regimes - 1, key, restarts), max_steps, tol)
+    fewer = _best(data, num_regimes - 1, key, restarts, max_steps, tol)
     gain = _bic(fewer, data) - _bic(fit, data)
     return RegimeFit(**{**vars(fit), "bic_gain": gain})
 
@@ -185,20 +180,10 @@ class _Chains:
         self.initial = np.full((restarts, size), 1 / size)
         self.emit = rng.dirichlet(np.full(max(data.num_codes, 1), 5.0), (restarts, size))
 
-    @classmethod
-    def at(cls, process: MarkovModulated) -> "_Chains":
-        """The one chain of a process."""
-        out = cls.__new__(cls)
-        out.initial, out.transition, out.accept = (
-            np.array(part)[None] for part in (process.initial, process.transition, process.accept_prob)
-        )
-        out.emit = np.ones((1, process.num_regimes, 1))
-        return out
 
-
-def _best(data: _Data, chains: _Chains, max_steps: int, tol: float) -> RegimeFit:
+def _best(data: _Data, size: int, key: int, restarts: int, max_steps: int, tol: float) -> RegimeFit:
     """EM of all restarts side by side, until none of them gains any more."""
-    restarts, size = chains.accept.shape
+    chains = _Chains(data, size, key, restarts)
     count = int(data.there.sum())
     before = np.full(restarts, -np.inf)
     converged = np.zeros(restarts, dtype=bool)

@@ -57,7 +57,7 @@ class Processes:
         cls, trace: Trace, train: Int[np.ndarray, " R"], signals: tuple[str, ...], num_regimes: int, groups: int,
         tell: Callable[[], Any] = lambda: None,
     ) -> "Processes":  # fmt: skip
-        """Fit all of them; `tell` is called after each group. EM starts again from the fit to all requests."""
+        """Fit all of them; `tell` is called after each group."""
         chains = {name: fit_chain(trace, name, train) for name in signals}
         hidden = fit_hidden(trace, train, num_regimes)
         known = [fit(trace, train) for fit in (fit_iid, fit_position, fit_beta)]
@@ -66,7 +66,7 @@ class Processes:
         def again(requests: np.ndarray) -> dict[str, Fitted]:
             found = [fit(trace, requests) for fit in (fit_iid, fit_position, fit_beta)]
             some = np.intersect1d(requests, train[:MOST_TEXTS])  # of those that the whole fit was made from
-            found.append(fit_hidden(trace, some, num_regimes, start=hidden.acceptance))
+            found.append(fit_hidden(trace, some, num_regimes))
             for name, chain in chains.items():
                 assert chain.model is not None
                 found.append(fit_chain(trace, name, requests, edges=chain.model.edges))

@@ -125,7 +125,7 @@ class Work:
         for number, entry in enumerate(self.entries):
             if "process" in entry["predicted"]:
                 of_process.setdefault(entry["predicted"]["process"], []).append(number)
-        for name, numbers in of_process.items():
+        for name, numbers in of_process.items() if self.settings.rounds else ():
             self.progress.tell(f"simulating texts that end on {name}")
             rules = [(self.ready[number].spec, self.ready[number].rule) for number in numbers]
             found = with_ends(self.fits, name, rules, self.cost, self.trace, self.train, self.settings.rounds)
@@ -228,10 +228,14 @@ class Work:
 
 
 def _z(predicted: Mapping[str, Any], replayed: Mapping[str, Any]) -> float | None:
-    """Of the throughputs' difference where texts end, by both standard errors; they come from different requests."""
-    if "with_ends" not in predicted:
+    """Of the throughputs' difference by both standard errors, where texts end if that was simulated.
+
+    The two come from different requests.
+    """
+    if "throughput" not in predicted:
         return None
-    ended = predicted["with_ends"]
+    endless = {"throughput": predicted["throughput"], "throughput_se": predicted["se"]["throughput"]}
+    ended = predicted.get("with_ends", endless)
     spread = math.hypot(ended["throughput_se"], replayed["throughput_se"])
     return (ended["throughput"] - replayed["throughput"]) / spread if spread > 0 else None
 

@@ -47,7 +47,12 @@ OPTIONS = ("target", "draft", "prompts", "limit", "trace", "policies", "cost", "
 
 @dataclass(frozen=True)
 class Settings:
-    """What is recorded and how much is run live."""
+    """What is recorded, and how predictions are made.
+
+    Attributes:
+        groups: of training requests, for the jackknife.
+        rounds: simulated for each policy to see what the ends of texts are worth; 0 leaves that out.
+    """
 
     target: str = "bundled"
     draft: str = "rtn:bits=4,group=64"

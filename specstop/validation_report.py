@@ -21,7 +21,7 @@ def explain(entry: Mapping[str, Any]) -> list[str]:
     """One sentence for each difference between two of the three that is larger than it need be."""
     out = []
     predicted, z = entry["predicted"], entry["z_predicted_replayed"]
-    if "with_ends" in predicted:
+    if "throughput" in predicted:
         off = predicted["throughput"] / entry["replayed"]["throughput"] - 1.0
         if abs(off) > LARGE or (z is not None and abs(z) > NOTABLE):
             out.append(_why_predicted(predicted, entry["replayed"], off, z))
@@ -33,22 +33,22 @@ def explain(entry: Mapping[str, Any]) -> list[str]:
 
 def _why_predicted(predicted: Mapping[str, Any], replayed: Mapping[str, Any], off: float, z: float | None) -> str:
     """What a prediction's difference consists of, in points of the replayed throughput."""
-    ended, known, base = predicted["with_ends"], replayed["on_training_half"], replayed["throughput"]
+    known, base = replayed["on_training_half"], replayed["throughput"]
+    ended = predicted.get("with_ends", {"throughput": predicted["throughput"]})
     ends, process, halves = (
         100 * (one - other) / base
         for one, other in ((predicted["throughput"], ended["throughput"]), (ended["throughput"], known), (known, base))
     )
-    chance = (
-        ""
-        if z is None
-        else f" With ends it is off by {abs(z):.1f} standard errors: "
-        + ("no more than chance gives." if abs(z) <= NOTABLE else "more than chance gives; the process is not all.")
-    )
-    return (
-        f"Predicted {100 * off:+.1f} % against the replay: {ends:+.1f} points are the ends of texts (the same process "
-        f"simulated with a chance of {ended['end_prob']:.3f} a token), {halves:+.1f} the two halves (the replay of the "
-        f"training one gives {known:.3f}), {process:+.1f} what the process leaves out.{chance}"
-    )
+    parts = [f"{halves:+.1f} the two halves (the replay of the training one gives {known:.3f})",
+             f"{process:+.1f} what the process leaves out"]  # fmt: skip
+    if "end_prob" in ended:
+        how = f"(the same process simulated with a chance of {ended['end_prob']:.3f} a token)"
+        parts.insert(0, f"{ends:+.1f} points are the ends of texts {how}")
+    chance = ""
+    if z is not None:
+        sure = "no more than chance gives." if abs(z) <= NOTABLE else "more than chance gives; the process is not all."
+        chance = f" {'With ends it' if 'end_prob' in ended else 'It'} is off by {abs(z):.1f} standard errors: {sure}"
+    return f"Predicted {100 * off:+.1f} % against the replay: {', '.join(parts)}.{chance}"
 
 
 def _why_live(entry: Mapping[str, Any], worst: str) -> str:
@@ -194,8 +194,8 @@ def _differences(result: Mapping[str, Any]) -> str:
     lines = [f"- `{entry['policy']}`: {text}" for entry in result["policies"] for text in entry["differences"]]
     if not lines:
         return (
-            f"None: no prediction is off by more than {100 * LARGE:g} % or {NOTABLE:g} standard errors, and replay and "
-            f"live agree within {NOTABLE:g} in every rate."
+            f"Nothing: no prediction is off by more than {100 * LARGE:g} % or {NOTABLE:g} standard errors, and replay "
+            f"and live agree within {NOTABLE:g} in every rate."
         )
     return "\n".join(lines)
 

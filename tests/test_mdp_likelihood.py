@@ -161,8 +161,6 @@ def test_the_process_that_made_the_texts_scores_best(regimes):
     assert number == 2 or of_numbers[3] - of_numbers[2] < 1e-3
     assert mean(hidden.score(runs, 4)) > max(scores.values()) + 0.01
     assert abs(mean(hidden.score(runs, 4)) - mean(truth)) < 0.003
-    again = fit_hidden(regimes, train[1:], number, start=hidden.acceptance)
-    assert np.abs(again.acceptance.accept_prob - hidden.acceptance.accept_prob).max() < 0.02
 
 
 def test_independent_flags_are_best_told_by_iid():
