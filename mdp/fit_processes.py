@@ -20,7 +20,7 @@ the next round impossible has no score.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ class Fitted:
 
     def parameters(self) -> dict[str, Any]:
         """The process's numbers, by the names of the problem file."""
-        names = [key for key in self.acceptance.__dataclass_fields__ if key != "shown"]
+        names = [f.name for f in fields(self.acceptance) if f.name != "shown"]  # type: ignore[arg-type]
         return {key: np.asarray(getattr(self.acceptance, key)).tolist() for key in names}
 
 

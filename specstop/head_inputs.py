@@ -3,12 +3,14 @@ r"""What richer inputs buy an acceptance head: a ladder of logistic regressions 
 Each rung predicts the acceptance of a candidate from more than the one below, by $\sigma(w \cdot f + b)$ on
 standardised inputs, least cross-entropy on `token_accept_prob` (a soft label) over the training half's positions, with
 a quadratic penalty that the training half chooses between two halves of itself. Linear on purpose: what is compared are
-inputs, and requests are few. Scores are of the judging half: log score per tested candidate (`mdp.likelihood`), and
+inputs, and requests are few; the two rungs at the top are the residual heads of `realmodels.head_training` for
+comparison. Scores are of the judging half: log score per tested candidate (`mdp.likelihood`), and
 what `rejection` earns when it reads this head, threshold chosen on the training half.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,10 @@ LADDER: dict[str, tuple[str, ...]] = {
     "hidden state alone": ("hidden",),
     "hidden state and all of these": ("draft_prob", "entropy", "top_prob", "hidden"),
 }
+TRAINED: dict[str, tuple[str, ...]] = {
+    "residual head on the hidden state": ("hidden",),
+    "residual head on it, draft probability, entropy": ("hidden", "draft_prob", "entropy"),
+}
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NONE = "nothing (a constant)"
 
@@ -46,14 +52,17 @@ def ladder(
     base = seen_score(np.full(trace.num_positions, label[on_train].mean()), accepted, runs)
     rows.append({"inputs": NONE, **_score(base, base, level), "throughput": None, "over draft probability": None})
     first = None
-    for name, inputs in LADDER.items():
-        columns = _columns(trace, inputs, rollout=False), _columns(trace, inputs, rollout=True)
-        if columns[0] is None or columns[1] is None:
+    for name, inputs in {**LADDER, **TRAINED}.items():
+        along, rolled = (_columns(trace, inputs, rollout) for rollout in (False, True))
+        if along is None or rolled is None or (name in TRAINED and not find_spec("realmodels.head_training")):
             lacking.append(name)
             continue
-        path, steps = _head(trace, columns, label, on_train, train)
-        scored = seen_score(path, accepted, runs)
-        told = replace(trace, optional={**trace.optional, "head": path, "rollout_head": steps})
+        if name in TRAINED:
+            told = _residual(trace, inputs, train)
+        else:
+            path, steps = _head(trace, (along, rolled), label, on_train, train)
+            told = replace(trace, optional={**trace.optional, "head": path, "rollout_head": steps})
+        scored = seen_score(np.asarray(told.optional["head"], dtype=float), accepted, runs)
         tally = _earned(told, cost, train, test)
         first = tally if first is None else first
         rows.append({
@@ -104,6 +113,17 @@ def _head(
 
     weights = logistic(path[on_train], label[on_train], min(PENALTIES, key=lost))
     return tuple(1.0 / (1.0 + np.exp(-(part @ weights[:-1] + weights[-1]))) for part in (path, steps))  # type: ignore[return-value]
+
+
+def _residual(trace: Trace, inputs: tuple[str, ...], train: np.ndarray) -> Trace:
+    """The trace with the scores of a residual head that was trained on the training half."""
+    from realmodels.head import apply_head
+    from realmodels.head_data import matched_examples
+    from realmodels.head_training import Recipe, train_head
+
+    recipe = Recipe(inputs=inputs)
+    head = train_head(trace, matched_examples(trace, train.tolist(), recipe.reads), recipe, progress=False)
+    return apply_head(head, trace)
 
 
 def logistic(
@@ -174,5 +194,5 @@ def _sentence(rows: Sequence[dict[str, Any]], lacking: Sequence[str]) -> str:
             f"[{low:+.3f}, {high:+.3f}], {clear}."
         )
     if lacking:
-        text += f" Not tried, the trace holds no hidden states along rollouts: {', '.join(lacking)}."
+        text += f" Not tried, for want of hidden states along rollouts or of a trained head: {', '.join(lacking)}."
     return text

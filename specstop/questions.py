@@ -176,7 +176,7 @@ def chats(pair: Any, sizes: Sizes, seed: int) -> list[list[int]]:
     from realmodels.prompts import tokenise
 
     tokenizer = pair.tokenizer
-    options = {"max_candidates": 1, "max_new_tokens": sizes.turn_tokens, "seed": seed}
+    options: dict[str, Any] = {"max_candidates": 1, "max_new_tokens": sizes.turn_tokens, "seed": seed}
     if tokenizer is None or not tokenizer.chat_template:
         drawn = np.random.default_rng([seed, 11]).integers(2, pair.vocab_size, (sizes.num_prompts, 1)).tolist()
         runs = [decode(pair, p, "fixed:0", request=f"turn-{i}", **options) for i, p in enumerate(drawn)]

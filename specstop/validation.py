@@ -177,7 +177,7 @@ def report(
 
         with work.stage("questions"):
             questions = answer(work, quick)
-    result = work.result() | {"questions": questions}
+    result: dict[str, Any] = work.result() | {"questions": questions}
     result["seconds"]["total"] = sum(result["seconds"].values())
     result = jsonable(result)
     write_report(result, out)
