@@ -17,7 +17,7 @@ from mdp.policy import Policy, PolicySpec, parse
 from mdp.problem import StoppingProblem
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, paired, ratio
-from simulate.predicted import RATES
+from simulate.on_processes import RATES
 from simulate.replay import CHAIN_FIELDS, SIGNAL_FIELDS, check, fitted, replay_rounds
 
 __all__ = ["LiveRuns", "Ready", "choose", "compare", "digest", "make_ready", "measures", "replayed", "run_live"]

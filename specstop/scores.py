@@ -11,7 +11,7 @@ from mdp.fit_processes import Fitted, beta_cells, fit_hidden, fit_iid, fit_posit
 from mdp.likelihood import Score, cell_score, full_rounds, seen_score
 from mdp.trace import Trace
 from simulate.estimate import Estimate, ratio
-from simulate.predicted import Processes
+from simulate.on_processes import Processes
 
 __all__ = ["process_entries", "training_scores"]
 

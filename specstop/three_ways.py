@@ -16,7 +16,7 @@ from mdp.fit import split_requests
 from mdp.fit_processes import choose_regimes
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, ratio
-from simulate.predicted import Processes, predict, signal_of, with_ends
+from simulate.on_processes import Processes, predict, signal_of, with_ends
 from simulate.replay import measured_cost
 from specstop.played import LiveRuns, Ready, choose, compare, digest, make_ready, measures, replayed, run_live
 from specstop.scores import process_entries, training_scores

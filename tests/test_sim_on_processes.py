@@ -9,7 +9,7 @@ from mdp.evaluate import evaluate
 from mdp.likelihood import full_rounds
 from mdp.policy import parse
 from simulate.estimate import ratio
-from simulate.predicted import Processes, predict, signal_of, with_ends
+from simulate.on_processes import Processes, predict, signal_of, with_ends
 from simulate.replay import replay
 from tests.test_mdp_likelihood import sample
 
