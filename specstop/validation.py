@@ -4,8 +4,8 @@ One half of the requests trains: acceptance processes are fitted to it, and ever
 it. The other half judges: it scores the processes (`mdp.likelihood`), and every policy is replayed on it and run live
 on its prompts.
 
-* *Predicted*: exact on the fitted process that can express the policy (`simulate.on_processes`); among those that a rule
-  which sees nothing can be put to, the one with the best score on training requests left out of its fit.
+* *Predicted*: exact on the fitted process that can express the policy (`simulate.on_processes`); for a rule that sees
+  nothing, the one with the best score on training requests left out of its fit.
 * *Replayed*: the recorded trace, exactly, no model call (`simulate.replay`).
 * *Live*: `realmodels.decode` on the same prompts with draws of its own. Throughput is under the same times as the
   replay's (counts times times), so that the two differ by counts alone; what the clock said stands beside it.
