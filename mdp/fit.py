@@ -178,8 +178,12 @@ def position_signal(trace: Trace, signal: str, rollout: bool = False) -> Float[n
     return np.asarray(values, dtype=np.float64)
 
 
-def fit_signal(trace: Trace, signal: str, requests: Int[np.ndarray, " train"]) -> SignalModel:
+def fit_signal(
+    trace: Trace, signal: str, requests: Int[np.ndarray, " train"], *, edges: Float[np.ndarray, " Z-2"] | None = None
+) -> SignalModel:
     """Calibration and chain of one signal, from the given requests alone; no chain for a signal that comes late.
+
+    `edges` of the bins; None takes quantiles of these requests.
 
     Raises:
         ValueError: if the trace does not hold the signal, or no rollouts.
@@ -199,7 +203,7 @@ def fit_signal(trace: Trace, signal: str, requests: Int[np.ndarray, " train"]) -
         knots, levels = _calibrate(values, accept_prob, increasing=signal not in DECREASING)
     if lag:
         return SignalModel(signal, knots, levels, lag=lag)
-    binned = SignalModel(signal, knots, levels, edges=_edges(values))
+    binned = SignalModel(signal, knots, levels, edges=_edges(values) if edges is None else edges)
     here, there = _transitions(trace, binned, positions)
     size = 2 + len(binned.edges)  # type: ignore[arg-type]
     regimes = binned.regime(values)

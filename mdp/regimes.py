@@ -102,6 +102,7 @@ def fit_regimes(
     restarts: int = 8,
     max_steps: int = 500,
     tol: float = 1e-7,
+    compare: bool = True,
 ) -> RegimeFit:
     """The most likely chain of `num_regimes` hidden regimes, by EM from several random starts.
 
@@ -111,6 +112,7 @@ def fit_regimes(
         symbols: per request the signal's bins 0, 1, .., as long as its flags.
         key: of the random starts.
         restarts, max_steps, tol: see the module docstring.
+        compare: False leaves out the fit of one regime fewer, and `bic_gain` is nan.
 
     Raises:
         ValueError: naming the argument and what is allowed.
@@ -127,7 +129,7 @@ def fit_regimes(
             raise ValueError(f"{name}: must be a whole number in 1..{high}, got {value!r}")
     data = _Data.of(rows, symbols)
     fit = _best(data, num_regimes, key, restarts, max_steps, tol)
-    if num_regimes == 1:
+    if num_regimes == 1 or not compare:
         return fit
     fewer = _best(data, num_regimes - 1, key, restarts, max_steps, tol)
     gain = _bic(fewer, data) - _bic(fit, data)

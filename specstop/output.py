@@ -2,11 +2,13 @@
 
 import json
 import math
+import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-__all__ = ["emit", "json_line", "jsonable", "key_values", "policy_table", "solution_text", "table"]
+__all__ = ["emit", "json_line", "jsonable", "key_values", "policy_table", "solution_text", "table", "write_file"]
 
 SAME = 1e-4
 """Percent of the throughput that `solve`, at its usual tolerance, does not tell apart."""
@@ -53,6 +55,17 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(f"{x:.7g}" if isinstance(x, float) else _cell(x) for x in value) + "]"
     return str(value)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
