@@ -237,6 +237,17 @@ def build_parser() -> Parser:
     demo.add_argument("--out", default="out", metavar="DIR", help="default out")
     demo.add_argument("--quick", action="store_true", help="a small run that shows the same files")
 
+    figures = verb(
+        "figures", "every figure and table of the paper again, with what theory and a real pair add",
+        "Vector, PNG and the numbers behind each, index.html and report.md. What is not too old is used again.",
+    )  # fmt: skip
+    figures.add_argument("--out", required=True, metavar="DIR", help="made if need be")
+    figures.add_argument("--quick", action="store_true", help="small sizes, and a tiny random pair (3 minutes)")
+    figures.add_argument("--force", action="store_true", help="compute everything anew; a trace once recorded stays")
+    figures.add_argument(
+        "--trace", metavar="TRACE", help="of a real pair (default: out/trace of `make demo`, or one recorded now)"
+    )
+
     verb("schema", "every kind and key that a problem file may hold")
     verb("policies", "the stopping rules and how to write them")
     return parser

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mdp.trace import Trace
 
 __all__ = [
-    "audit", "check", "decode", "demo", "evaluate", "import_", "policies", "record", "replay", "schema", "simulate",
+    "audit", "check", "decode", "demo", "evaluate", "figures", "import_", "policies", "record", "replay", "schema", "simulate",
     "solve", "study", "sweep", "validate",
 ]  # fmt: skip
 
@@ -329,6 +329,13 @@ def demo(args: Namespace) -> int:
     summary = run(args.out, quick=args.quick)
     emit(json_line(summary) if args.json else headline(summary, args.out))
     return DONE
+
+
+def figures(args: Namespace) -> int:
+    """Every figure and table of the paper again."""
+    from specstop.figures.make import run
+
+    return run(args)
 
 
 def check(args: Namespace) -> int:

@@ -12,6 +12,7 @@ times, declared or measured). Whiskers are intervals at the level written under 
 """
 
 from simulate.figures.comparisons import ORACLE, SIGNALS, lengths, policies, rates, thresholds
+from simulate.figures.paper import draw
 from simulate.figures.style import STYLE, render, save
 
-__all__ = ["ORACLE", "SIGNALS", "STYLE", "lengths", "policies", "rates", "render", "save", "thresholds"]
+__all__ = ["ORACLE", "SIGNALS", "STYLE", "draw", "lengths", "policies", "rates", "render", "save", "thresholds"]

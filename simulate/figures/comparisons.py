@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from mdp.evaluate import Evaluation
 from mdp.policy import FixedLength, Oracle, parse
 from simulate.estimate import Comparison, Estimate, PolicyResult, TraceComparison, interval
-from simulate.figures.style import BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PURPLE, RED, SKY, sign, styled
-from simulate.figures.style import title as heading
+from simulate.figures.style import BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PURPLE, RED, SKY, heading, sign, styled
 
 __all__ = ["ORACLE", "SIGNALS", "lengths", "policies", "rates", "thresholds"]
 

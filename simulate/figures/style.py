@@ -14,8 +14,8 @@ import matplotlib
 from matplotlib.figure import Figure
 
 __all__ = [
-    "BLACK", "BLUE", "GREEN", "GREY", "HATCHES", "LOOKS", "ORANGE", "PURPLE", "RED", "SKY", "STYLE", "WIDTH", "render",
-    "save", "sign", "styled", "title",
+    "BLACK", "BLUE", "GREEN", "GREY", "HATCHES", "LOOKS", "ORANGE", "PURPLE", "RED", "SKY", "STYLE", "WIDTH", "heading",
+    "render", "save", "sign", "styled",
 ]  # fmt: skip
 
 BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
@@ -72,7 +72,7 @@ def styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
     return under_style
 
 
-def title(figure: Figure, text: str) -> None:
+def heading(figure: Figure, text: str) -> None:
     """Write what the figure is about over it."""
     figure.suptitle(text, x=0.01, ha="left", fontsize=10.5)
 
