@@ -144,13 +144,13 @@ def time_decomposition(data: Mapping[str, Any]) -> Figure:
                 axes.barh(places, width, 0.7, left=left, color=colour, edgecolor="white", lw=0.5, hatch=hatch)
                 left = left + width
         for place, total in zip(places, left, strict=True):
-            axes.text(total + 0.02 * left.max(), place, f"{total:.3g}", va="center", fontsize=6.5)
+            axes.text(total + 0.02 * left.max(), place, f"{total:.3f}" if total < 10 else f"{total:.0f}", va="center", fontsize=6.5)
         axes.set_xlim(0, 1.2 * left.max())
         axes.set_yticks(places, rules, fontsize=SMALL)
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-        units = "ms per token" if panel == "wall clock" else "target calls per token"
+        units = "milliseconds / token" if panel == "wall clock" else "target calls / token"
         axes.set_xlabel(units)
         axes.set_title(f"{label(data, panel)} ({entry['origin'].replace('measured', 'live')})", fontsize=9)
     from matplotlib.patches import Patch
@@ -182,6 +182,7 @@ def gallery(data: Mapping[str, Any]) -> Figure:
     axes.set_xticks(range(0, 40, 5))
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("loss of the best throughput, %; beside each bar: exactly, and the condition that is broken", loc="left")
+    told = "loss of the best throughput, %; beside each bar: exactly, and the condition that is broken"
+    axes.set_xlabel(told, loc="left")
     facts_told = "F2 one threshold; F3 one-step look-ahead; F4 Theorem 3.1; F5 fixed length; F7 self-tuning."
     return finish(figure, data, facts_told)

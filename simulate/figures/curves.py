@@ -51,11 +51,9 @@ def frontiers(data: Mapping[str, Any]) -> Figure:
             v, d = column(entry, "verification_rate"), column(entry, "discard_rate")
             look = FRONTIER_LOOKS[entry["name"]]
             axes.plot(v, d, label=f"{entry['name']} ({entry['origin']})", **look)
-            if "low" in entry["columns"]:
-                axes.fill_between(v, column(entry, "low"), column(entry, "high"), color=ORANGE, alpha=0.25, lw=0)
             if "K" in entry["columns"] and "marker" in look:
                 for k, x, y in zip(entry["columns"]["K"], v, d, strict=True):
-                    axes.annotate(f"{k}", (x, y), xytext=(5, 1), textcoords="offset points", fontsize=7, color=GREY,
+                    axes.annotate(f"{k}", (x, y), xytext=(6, 3), textcoords="offset points", fontsize=7, color=GREY,
                                   annotation_clip=True)  # fmt: skip
         shown = [entry for entry in entries if entry["name"] in ("fixed K, digitised", "fixed K")]
         points = np.concatenate([column(entry, "verification_rate") for entry in shown])
@@ -83,7 +81,7 @@ def _isolines(axes: Axes, cost_ratio: float) -> None:
         d = (1.0 / speedup - (1.0 - cost_ratio) * v) / cost_ratio - 1.0
         axes.plot(v, d, color="#C8C8C8", lw=0.6, zorder=0, scalex=False, scaley=False)
         at = (1.0 / speedup - cost_ratio * (1.0 + low)) / (1.0 - cost_ratio)  # where it meets the bottom
-        if left < at < right - 0.02 * (right - left):
+        if left + 0.1 * (right - left) < at < right - 0.02 * (right - left):
             axes.annotate(f"{speedup:.1f}×", (at, low), xytext=(1, 2), textcoords="offset points", fontsize=6.5,
                           color="#8A8A8A")  # fmt: skip
     axes.set(xlim=(left, right), ylim=(low, high))
@@ -112,10 +110,10 @@ def throughput_by_length(data: Mapping[str, Any]) -> Figure:
         _titled(axes, data, panel)
         axes.set_xlabel("candidates drafted each round, K")
         axes.set_ylabel("speedup")
-        axes.set_ylim(0.9, 2.45 if panel != PAIR else None)
+        axes.set_ylim(0.5, 2.2)
         axes.set_xticks(range(0, 15, 2))
         axes.set_xlim(-0.5, 14.7)
-        axes.legend(fontsize=7.5, loc="upper right" if panel != PAIR else "lower center")
+        axes.legend(fontsize=7.5, loc="lower left")
     return finish(figure, data, "Dotted: plain decoding.")
 
 
@@ -158,9 +156,9 @@ def throughput_by_threshold(data: Mapping[str, Any]) -> Figure:
             axes.set_ylim(1.0, 2.5)
         else:
             low, high = axes.get_ylim()
-            axes.set_ylim(low - 0.45 * (high - low), high)
+            axes.set_ylim(low - 0.8 * (high - low), high)
         if panel in ("Alpaca", PAIR):
-            axes.legend(fontsize=7, loc="lower center", labelspacing=0.3, ncols=1 if panel != PAIR else 2)
+            axes.legend(fontsize=7, loc="lower center", labelspacing=0.3)
     return finish(figure, data)
 
 
@@ -179,7 +177,7 @@ def head_weights(data: Mapping[str, Any]) -> Figure:
     shown = 1.0 - about["threshold"]
     left.plot([1 - about["means"]], [shown], marker="o", markersize=8, markerfacecolor="none", color=BLACK)
     left.annotate(f"rejection {about['threshold']:g} shown,\n{about['means']:.2f} true", (1 - about["means"], shown),
-                  xytext=(-72, 24), textcoords="offset points", fontsize=7.5,
+                  xytext=(0.03, 0.43), fontsize=7.5,
                   arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.7})  # fmt: skip
     left.set(xlabel="true acceptance probability m", ylabel="the head's output", ylim=(0, 1))
     right.set(xlabel="threshold h on the rejection probability shown", ylabel="speedup, Alpaca")
@@ -259,7 +257,7 @@ def time_regression(data: Mapping[str, Any]) -> Figure:
     left.set(xlabel="t_draft × draft steps + t_target × target calls, seconds", ylabel="wall time measured, seconds",
              xlim=(0, None), ylim=(0, None))  # fmt: skip
     left.set_title(f"R² = {data['about']['r2']:.3f}, {data['about']['num_runs']} runs")
-    left.legend(fontsize=7, loc="upper left")
+    left.legend(fontsize=7, loc="lower right")
     times = one(data, "times")
     methods = times["columns"]["method"]
     places = np.arange(len(methods))
@@ -269,9 +267,8 @@ def time_regression(data: Mapping[str, Any]) -> Figure:
         right.barh(places + (i - 0.5) * 0.36, value, 0.32, xerr=spread, color=(ORANGE, BLUE)[i],
                    hatch=("...", "")[i], edgecolor="white", lw=0, label=name, error_kw={"elinewidth": 0.8})  # fmt: skip
         for place, shown in zip(places, value, strict=True):
-            right.text(shown + 0.03 * np.nanmax(1000 * column(times, "target_time")), place + (i - 0.5) * 0.36,
-                       f"{shown:.3g}", va="center", fontsize=7)  # fmt: skip
-    right.set_yticks(places, [name.replace(", ", ",\n").replace(" in ", "\nin ") for name in methods], fontsize=8)
+            right.text(shown, place + (i - 0.5) * 0.36, f"    {shown:.3g}", va="bottom", fontsize=7)
+    right.set_yticks(places, [name.replace(", ", ",\n").replace(" in ", "\nin ").replace(" of ", "\nof ") for name in methods], fontsize=8)
     right.set_ylim(len(methods) - 0.4, -0.9)
     right.set_xlim(0, 1.25 * 1000 * max(np.nanmax(column(times, key)) for key in ("draft_time", "target_time")))
     right.grid(axis="y", visible=False)
@@ -300,7 +297,9 @@ def self_tuning(data: Mapping[str, Any]) -> Figure:
                 axes.axhline(column(entry, "throughput")[0], color=BLACK, lw=0.9, ls=look, label=name, zorder=1)
         axes.set_xscale("log")
         axes.set_xlabel("rounds played; right: the limit")
-        axes.set_ylabel("throughput so far (tokens per target call's time)")
+        axes.set_ylabel("throughput so far")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - (0.5 if panel == "model" else 0.35) * (high - low), high)
         axes.set_title("two regimes" if panel == "model" else "where a heuristic settles below")
-        axes.legend(fontsize=7, loc="lower right" if panel == "model" else "best")
-    return finish(figure, data, "Bars: one standard deviation of a replica.")
+        axes.legend(fontsize=7, loc="lower right")
+    return finish(figure, data, "Throughput: tokens per target call's time. Bars: one standard deviation of a replica.")

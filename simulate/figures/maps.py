@@ -77,8 +77,8 @@ def theorem_bound(data: Mapping[str, Any]) -> Figure:
                   markeredgecolor=BLACK, markeredgewidth=0.5)  # fmt: skip
     for mean, name in zip(column(points, "mean"), points["columns"]["dataset"], strict=True):
         axes.axvline(mean, color="#D0D0D0", lw=0.7, zorder=0)
-        axes.annotate(name, (mean, 0.985), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top",
-                      fontsize=7.5, color=GREY)  # fmt: skip
+        axes.annotate(name, (mean, 0.02), xycoords=("data", "axes fraction"), rotation=90, va="bottom",
+                      ha="left" if name == "GSM8K" else "right", fontsize=7.5, color=GREY)  # fmt: skip
     axes.set(xlabel="acceptance probability of each candidate, independent", ylabel="rejection probability 1 − S",
              xlim=(column(lines, "mean").min(), column(lines, "mean").max()), ylim=(0, 1))  # fmt: skip
     axes.legend(loc="lower left")
@@ -91,14 +91,15 @@ def phase(data: Mapping[str, Any]) -> Figure:
     entry = one(data, "two regimes")
     dispersion, persistence, ratio = (column(entry, name) for name in ("dispersion", "persistence", "cost_ratio"))
     rows, cols, ratios = (np.unique(values) for values in (dispersion, persistence, ratio))
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
-    grid = figure.subplots(2, len(ratios), squeeze=False, sharex=True, sharey=True)
-    for line, key, title in ((0, "gain", "gain of the optimum over the best fixed K, %"),
-                             (1, "lost", "loss of the best constant threshold, %")):  # fmt: skip
+    figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
+    halves = figure.subfigures(2, 1)
+    for line, key, title in ((0, "gain", "Gain of the optimum over the best fixed K, %"),
+                             (1, "lost", "Loss of the best constant threshold against the optimum, %")):  # fmt: skip
         value = 100 * column(entry, key)
         most = max(float(np.nanmax(value)), 1e-3)
         image = None
-        for axes, c in zip(grid[line], ratios, strict=True):
+        row = halves[line].subplots(1, len(ratios), squeeze=False, sharey=True)[0]
+        for axes, c in zip(row, ratios, strict=True):
             table = np.full((len(rows), len(cols)), np.nan)
             chosen = ratio == c
             at = np.searchsorted(rows, dispersion[chosen]), np.searchsorted(cols, persistence[chosen])
@@ -107,11 +108,10 @@ def phase(data: Mapping[str, Any]) -> Figure:
             axes.set_title(f"cost ratio {c:.3g}", fontsize=8.5)
             axes.set_xticks(range(len(cols)), [f"{x:g}" for x in cols], fontsize=7.5)
             axes.set_yticks(range(len(rows)), [f"{y:g}" for y in rows], fontsize=7.5)
-            if line:
-                axes.set_xlabel("persistence", fontsize=8.5)
-        grid[line, 0].set_ylabel("dispersion", fontsize=8.5)
-        bar = figure.colorbar(image, ax=list(grid[line]), shrink=0.9, pad=0.01)
-        bar.set_label(title, fontsize=7.5)
+            axes.set_xlabel("persistence", fontsize=8.5)
+        row[0].set_ylabel("dispersion", fontsize=8.5)
+        halves[line].colorbar(image, ax=list(row), shrink=0.9, pad=0.01)
+        halves[line].suptitle(title, x=0.01, ha="left", fontsize=9, style="italic")
     return finish(figure, data, f"Mean acceptance {data['about']['mean']:g}.")
 
 
@@ -146,4 +146,4 @@ def information(data: Mapping[str, Any]) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("speedup over plain decoding")
         axes.set_ylim(-0.6, None)
-    return finish(figure, data, "Whiskers: intervals clustered by request.")
+    return finish(figure, data, "+x: draft time, in target calls, that a rung is worth. Whiskers: clustered by request.")

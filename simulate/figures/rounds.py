@@ -61,7 +61,7 @@ def round_(data: Mapping[str, Any]) -> Figure:
     handles = [Rectangle((0, 0), 1, 1, facecolor="white", edgecolor=FATES[s][0], hatch=FATES[s][1], label=FATES[s][2])
                for s in shown]  # fmt: skip
     lanes.legend(handles=handles, loc="upper right", ncols=3, fontsize=8)
-    lanes.set_ylim(-0.1, 3.2)
+    lanes.set_ylim(-0.1, 3.6)
     lanes.axis("off")
     lanes.axvline(0, color=BLACK, lw=0.8)
     survival = np.concatenate([[1.0], column(entry, "survival")])
@@ -112,7 +112,7 @@ def summary(data: Mapping[str, Any]) -> Figure:
                 text, colour = _cell(cells[name, pair].get(key))
                 axes.text(x, y, text, fontsize=7.5, color=colour)
     axes.set(xlim=(0, 1.1), ylim=(y + 0.8, -0.9))
-    return finish(figure, data, "( ): fitted or declared, no prediction; [ ]: derived; !: beyond its interval.")
+    return finish(figure, data, "\n( ): fitted or declared, no prediction; [ ]: derived; !: beyond its interval.")
 
 
 def _cell(cell: Mapping[str, Any] | None) -> tuple[str, str]:
@@ -125,5 +125,5 @@ def _cell(cell: Mapping[str, Any] | None) -> tuple[str, str]:
         return f"({cell['value']:.3f})", GREY
     text = f"{cell['value']:.3f}"
     if cell["low"] is not None:
-        text += f"  {cell['low']:.2f}..{cell['high']:.2f}"
+        text += f"  {cell['low']:.3f}..{cell['high']:.3f}"
     return (f"{text} !", RED) if cell["within"] is False else (text, BLACK)

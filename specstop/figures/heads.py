@@ -28,6 +28,10 @@ from specstop.prediction import FIRST, HEAD
 __all__ = ["RECIPES", "auroc", "reliability"]
 
 BINS = 10
+SHARED_DEPTH = 3
+"""Of the one setting that SpecDec++ shares between datasets [note/README]."""
+
+HEAD_KEYS = ("variant", "depth", "weight", "debiased")
 CLOSE = 1e-6
 """Probabilities are kept this far from 0 and 1 in a KL."""
 
@@ -155,20 +159,19 @@ def _reliability(store: Store) -> Data:
 def _head_bins(store: Store) -> Iterator[Data]:
     """The bins of heads, if there are any."""
     try:
-        entries = store.get("heads").get("reliability") or []
+        grid = store.get("heads")
     except Unavailable:
         return
-    for entry in entries:
-        bins = entry.get("bins", entry)
-        if isinstance(bins, list):
-            bins = {key: [row.get(key) for row in bins] for key in bins[0]} if bins else {}
-        true = bins.get("accepted", bins.get("mean_true", bins.get("true")))
-        predicted = bins.get("predicted", bins.get("mean_predicted"))
-        if true is None or predicted is None:
-            continue
-        name = f"head {entry.get('variant', '')}, D = {entry.get('depth')}, w = {entry.get('weight'):g}"
-        count = bins.get("count", [None] * len(true))
-        yield series(name, "replayed", panel="bins", predicted=predicted, accepted=true, count=count)
+    best = grid.get("chosen") or {}
+    shown = ((best.get("variant"), best.get("depth"), best.get("weight"), True),
+             ("published", SHARED_DEPTH, RULE.weight, False), ("published", SHARED_DEPTH, RULE.weight, True))  # fmt: skip
+    for head in dict.fromkeys(shown):
+        lines = [x for x in grid.get("reliability") or [] if tuple(x[key] for key in HEAD_KEYS) == head]
+        if lines:
+            variant, depth, weight, debiased = head
+            name = f"head {variant}, D = {depth}, w = {weight:g}{', de-biased' if debiased and weight != 1 else ''}"
+            yield series(name, "replayed", panel="bins",
+                         **{key: [line[key] for line in lines] for key in ("predicted", "accepted", "count")})  # fmt: skip
 
 
 def _reliability_caption(data: Data) -> str:

@@ -40,12 +40,12 @@ th { text-align: left; border-bottom: 2px solid var(--line); padding: .35rem .6r
      background: var(--paper); }
 td { padding: .22rem .6rem .22rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th[scope=rowgroup] { border-bottom: 1px solid var(--line); font-weight: 600; padding-top: .9rem; position: static; }
-td small { color: var(--soft); white-space: nowrap; display: block; line-height: 1.2; }
+td small { color: var(--soft); white-space: nowrap; margin-left: .45rem; }
 .missed { color: var(--bad); font-weight: 600; } .fitted { color: var(--soft); font-style: italic; }
 .badge { display: inline-block; font-size: .75rem; padding: 0 .45rem; margin-right: .3rem;
          border: 1px solid var(--line); border-radius: 1rem; color: var(--soft); background: var(--card); }
-@media (max-width: 40rem) { body { padding: .8rem .7rem 3rem; } .hint { display: block; } }
 .hint { display: none; font-size: .8rem; color: var(--soft); margin: .2rem 0; }
+@media (max-width: 40rem) { body { padding: .8rem .7rem 3rem; } .hint, td small { display: block; margin: 0; } }
 """
 
 

@@ -195,13 +195,9 @@ def _oracle(store: Store) -> Data:
     (predicted,) = predicted_systems(store, PAIR)
     kept = [i for i, name in enumerate(predicted["columns"]["system"]) if name != "no speculation"]
     predicted["columns"] = {key: [value[i] for i in kept] for key, value in predicted["columns"].items()}
-    ceiling = next((rung for rung in store.get("audit")["ladder"] if rung["information"] == "all but the draws"), None)
-    if ceiling and ceiling["throughput"]:
-        found = ceiling["throughput"]
-        out.append(series("ceiling", "replayed", panel=PAIR, system=["ceiling of rules"], speedup=[found["value"]],
-                          low=[found["interval"][0]], high=[found["interval"][1]]))  # fmt: skip
-    return {"series": [*out, predicted], "about": {"pair": replayed["pair"], "declared": COST_RATIO,
-            "num_requests": replayed["num_requests"], "level": replayed["level"], "mean": modelled["mean"]}}  # fmt: skip
+    about = {"pair": replayed["pair"], "declared": COST_RATIO, "num_requests": replayed["num_requests"],
+             "level": replayed["level"], "mean": modelled["mean"]}  # fmt: skip
+    return {"series": [*out, predicted], "about": about}
 
 
 def _oracle_caption(data: Data) -> str:
@@ -212,13 +208,13 @@ def _oracle_caption(data: Data) -> str:
         "*predicted*: what the head that was fitted could earn at best, and the oracle from the mean acceptance and at "
         f"its own published verification rate. **{about['pair']['label']}**: *replayed* on {about['num_requests']} "
         f"requests of the test half ({100 * about['level']:g} % intervals), a draft step declared "
-        f"{about['declared']:g} target calls; *predicted* from the training half. The ceiling of rules is an estimate "
-        "that no rule without foresight exceeds; a perfect head, which sees true acceptance, stays far below the oracle."
+        f"{about['declared']:g} target calls; *predicted* from the training half. A perfect head sees "
+        "true acceptance, the most that a head can tell, and stays far below the oracle."
     )
 
 
 RECIPES = (
     Recipe("round", "A round of speculative decoding", ("replayed",), _round, _round_caption),
-    Recipe("oracle", "The oracle and what can be had of it", ("prediction", "replayed", "modelled", "audit"), _oracle,
+    Recipe("oracle", "The oracle and what can be had of it", ("prediction", "replayed", "modelled"), _oracle,
            _oracle_caption),
 )  # fmt: skip

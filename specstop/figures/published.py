@@ -166,7 +166,7 @@ def _frontiers_caption(data: Data) -> str:
         f"{about['cost_ratio']:.3f}, fitted (pair: {about['declared']:g}, declared). **Datasets**: fixed K = 4..14 "
         "*derived*, digitised from the published plot, K labels assumed; *predicted* curves of fixed K (fitted to the "
         "verification rates, endless text) and of the SpecDec++ rule with its weight 6, lag 1 and at least 2 "
-        "candidates (band: roundings); the optimum reads the same head without bias and lag: no rule that does can lie "
+        "candidates; the optimum reads the same head without bias and lag: no rule that does can lie "
         f"below its curve. **{about['pair']['label']}**: *predicted* for fixed K, all else *replayed* on the test half. "
         "The paper's own SpecDec++ points are not available as numbers."
     )

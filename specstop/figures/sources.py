@@ -10,8 +10,10 @@ spell of the machine touches all of them.
 """
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -73,12 +75,27 @@ def _replayed(store: Store) -> Data:
     rules = [PLAIN, *(f"optimal:signal={signal}" for signal in SIGNALS)]
     for price in PRICES:
         prices[f"{price:g}"] = on_trace(trace, rules, cost=Affine(price, 1.0)).to_dict()["policies"][1:]
-    timed = []
-    if trace.manifest.get("measured"):
-        timed = on_trace(trace, list(dict.fromkeys([PLAIN, *chosen]))).to_dict()["policies"]
-    return {"chosen": chosen, "baseline": chosen[0], "measured_times": {row["policy"]: row for row in timed}, "policies": {row["policy"]: row for row in found["policies"]},
+    return {"chosen": chosen, "baseline": chosen[0], "policies": {row["policy"]: row for row in found["policies"]},
             "num_requests": found["num_requests"], "level": found["level"], "prices": prices,
-            "pair": _about(trace)}  # fmt: skip
+            "measured_times": _at_measured_times(trace, chosen), "pair": _about(trace)}  # fmt: skip
+
+
+def _at_measured_times(trace: Any, chosen: list[str]) -> Data:
+    """Tokens per second that the rounds of the live run's rules would give at the times recorded with the trace."""
+    from simulate.estimate import interval, ratio
+    from simulate.replay import measured_cost, replay_rounds
+
+    if not trace.manifest.get("measured"):
+        return {}
+    train, test = split_requests(trace)
+    times, out = measured_cost(trace).round_times(trace.max_candidates), {}
+    for policy in _live_policies(chosen):
+        model = fit_signal(trace, LIVE_SIGNAL, train) if "signal=" in policy else None
+        log = replay_rounds(trace, policy, cost=DECLARED, model=model, requests=test.tolist())
+        tally = log.tally(times, test)
+        estimate = ratio(tally.num_emitted, tally.time)
+        out[policy] = {"throughput": estimate.value, "throughput_interval": interval(estimate, len(test))}
+    return out
 
 
 def _about(trace: Any) -> Data:
@@ -87,8 +104,8 @@ def _about(trace: Any) -> Data:
     known = {(QUICK.target, QUICK.draft): "tiny random pair", (FULL.target, FULL.draft): "SmolLM2-135M, 4-bit draft"}
     specs = tuple((models.get(role) or {}).get("spec") for role in ("target", "draft"))
     label = known.get(specs, f"{names['target']} drafted by {names['draft']}")
-    return {**names, "label": label, "num_requests": trace.num_requests, "num_positions": trace.num_positions, "sampling": sampling,
-            "max_candidates": trace.max_candidates, "cost_ratio": COST_RATIO}  # fmt: skip
+    return {**names, "label": label, "num_requests": trace.num_requests, "num_positions": trace.num_positions,
+            "sampling": sampling, "max_candidates": trace.max_candidates, "cost_ratio": COST_RATIO}  # fmt: skip
 
 
 def _modelled(store: Store) -> Data:
@@ -153,32 +170,38 @@ def _live(store: Store) -> Data:
     names = request_ids(prompts)
     requests = test[: LIVE_REQUESTS[store.quick]]
     model = fit_signal(trace, LIVE_SIGNAL, train)
-    rules = _live_rules(store, model, trace.max_candidates)
+    rules = _live_rules(store.get("replayed")["chosen"], model, trace.max_candidates)
     sampling = dict(trace.manifest["sampling"])
     rows: list[Data] = []
     decode(pair, prompts[0], "fixed:2", **sampling | {"max_new_tokens": 4})  # first calls pay for set-up
     for request in requests.tolist():
         for spec in rules:
             reader = model if spec.signal else None
+            processor = time.process_time()
             run = decode(pair, prompts[request], spec, estimator=reader, request=names[request], **sampling)
+            processor = time.process_time() - processor
             tally = run.tally
             rows.append({"policy": spec.text, "request": request, "num_emitted": tally.num_emitted,
                          "num_drafted": tally.num_drafted, "num_discarded": tally.num_discarded,
                          "num_cut": tally.num_cut, "num_target_calls": tally.num_target_calls,
                          "draft_seconds": run.draft_time, "verify_seconds": run.verify_time,
-                         "seconds": run.time})  # fmt: skip
+                         "seconds": run.time, "processor_seconds": processor})  # fmt: skip
     return {"policies": [spec.text for spec in rules], "rows": rows, "measured": trace.manifest.get("measured")}
 
 
-def _live_rules(store: Store, model: SignalModel, depth: int) -> list[PolicySpec]:
-    """Plain decoding, the best fixed length, the best threshold on the draft's probability, and the chain's optimum."""
+def _live_rules(chosen: list[str], model: SignalModel, depth: int) -> list[PolicySpec]:
+    """The same as rules; the chain's optimum is that at the declared times."""
     from mdp.solve import solve
 
-    chosen = store.get("replayed")["chosen"]
-    threshold = next(text for text in chosen if text.startswith("rejection") and text.endswith(LIVE_SIGNAL))
+    *texts, optimal = _live_policies(chosen)
     solution = solve(StoppingProblem(model.process(), DECLARED, depth))
-    table = PolicySpec(f"optimal:signal={LIVE_SIGNAL}", solution.policy, LIVE_SIGNAL)
-    return [parse(PLAIN), parse(chosen[0]), parse(threshold), table]
+    return [*map(parse, texts), PolicySpec(optimal, solution.policy, LIVE_SIGNAL)]
+
+
+def _live_policies(chosen: list[str]) -> list[str]:
+    """Plain decoding, the best fixed length, the best threshold on the draft's probability, and the chain's optimum."""
+    threshold = next(text for text in chosen if text.startswith("rejection") and text.endswith(LIVE_SIGNAL))
+    return [PLAIN, chosen[0], threshold, f"optimal:signal={LIVE_SIGNAL}"]
 
 
 def _pair(store: Store) -> tuple[Any, list[list[int]]]:
@@ -212,7 +235,9 @@ def _heads(store: Store) -> Data:
         if not (trace / "manifest.json").exists():
             _record_hidden(store, trace)
     folder = store.out / "data" / "heads"
-    _run("train-head", "--trace", trace, "--out", folder, "--grid", "--json")
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, with other inputs
+    tiny = ["--variant", "matched"] if store.quick else []  # the published one needs prompts as text
+    _run("train-head", "--trace", trace, "--out", folder, "--grid", "--cost", COST_RATIO, *tiny, "--json")
     return _grid(folder / "grid.json")
 
 

@@ -26,11 +26,11 @@ SHORT = {
     "discard rate of K = 4": "discard rate at K = 4",
 }
 ORDER = (
-    "mean acceptance", "cost ratio t_draft / t_target", "best fixed-K speedup", "SpecDec++ speedup",
+    "best fixed-K speedup", "SpecDec++ speedup",
     "threshold on draft prob., speedup", "gain over best fixed K", "optimum, same head", "optimum of its chain",
     "perfect head", "oracle speedup", "oracle speedup at the published v", "oracle verification rate",
     "best h of the grid", "best h", "share of the best (w, h) at w = 6, h = .7", "discard rate at K = 4",
-    "verification rate at K = 4",
+    "verification rate at K = 4", "mean acceptance", "cost ratio t_draft / t_target",
 )  # fmt: skip
 """Quantities in the order of the page."""
 

@@ -81,7 +81,7 @@ def _bound(store: Store) -> Data:
         found, best = facts["F4"], int(facts["F5"]["length"])
         return found["threshold"], 1.0 - float(mean) ** best, found["bound"], found["delta_zero_bound"], found["delta"]
 
-    means = np.round(np.linspace(0.3, 0.96, 8 if store.quick else 34), 4)
+    means = np.round(np.linspace(0.3, 0.96, 8 if store.quick else 67), 4)
     keys = ("threshold", "rejection_at_stop", "tightest_bound", "delta_zero_bound", "delta")
     out = []
     for name, at_means in (("independent acceptance", list(means)), ("SpecDec++'s pairs", list(fit.mean.values()))):
@@ -104,7 +104,7 @@ def _bound_caption(data: Data) -> str:
         "*predicted*, for independent acceptance at the fitted cost ratio "
         f"{data['about']['cost_ratio']:.3f}. The true threshold lies well below even the tightest bound (Δ of the "
         "optimum, negative throughout), and that below the bound with Δ = 0: the theorem says when stopping is right, "
-        f"not when it is best. True threshold < tightest < Δ = 0: {told}. The staircase is where the best fixed length "
+        f"not when it is best. True threshold < tightest < Δ = 0: {told}. The saw is where the best fixed length "
         "actually stops."
     )
 
