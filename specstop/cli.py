@@ -244,6 +244,7 @@ def build_parser() -> Parser:
     figures.add_argument("--out", required=True, metavar="DIR", help="made if need be")
     figures.add_argument("--quick", action="store_true", help="small sizes, and a tiny random pair (3 minutes)")
     figures.add_argument("--force", action="store_true", help="compute everything anew; a trace once recorded stays")
+    figures.add_argument("--only", metavar="NAME", nargs="+", help="these figures alone, by the names of their files")
     figures.add_argument(
         "--trace", metavar="TRACE", help="of a real pair (default: out/trace of `make demo`, or one recorded now)"
     )

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from mdp.trace import Trace
 
 __all__ = [
-    "audit", "check", "decode", "demo", "evaluate", "figures", "import_", "policies", "record", "replay", "schema", "simulate",
-    "solve", "study", "sweep", "validate",
+    "audit", "check", "decode", "demo", "evaluate", "figures", "import_", "policies", "record", "replay", "schema",
+    "simulate", "solve", "study", "sweep", "validate",
 ]  # fmt: skip
 
 DONE, NOT_CONVERGED = 0, 3

@@ -16,9 +16,7 @@ SMALL = 7.5
 DATASETS = ("Alpaca", "HumanEval", "GSM8K")
 
 
-def _grouped(
-    axes: Axes, entries: Sequence[Mapping[str, Any]], systems: Sequence[str], value: str, digits: int
-) -> None:
+def _grouped(axes: Axes, entries: Sequence[Mapping[str, Any]], systems: Sequence[str], value: str, digits: int) -> None:
     """Horizontal bars, one group a system, one bar an origin, with what it is written at its end."""
     kinds = list(dict.fromkeys(entry["origin"] for entry in entries))
     # an origin never has two bars for a system: what was read and what was derived from it share a place
@@ -144,7 +142,13 @@ def time_decomposition(data: Mapping[str, Any]) -> Figure:
                 axes.barh(places, width, 0.7, left=left, color=colour, edgecolor="white", lw=0.5, hatch=hatch)
                 left = left + width
         for place, total in zip(places, left, strict=True):
-            axes.text(total + 0.02 * left.max(), place, f"{total:.3f}" if total < 10 else f"{total:.0f}", va="center", fontsize=6.5)
+            axes.text(
+                total + 0.02 * left.max(),
+                place,
+                f"{total:.3f}" if total < 10 else f"{total:.0f}",
+                va="center",
+                fontsize=6.5,
+            )
         axes.set_xlim(0, 1.2 * left.max())
         axes.set_yticks(places, rules, fontsize=SMALL)
         axes.invert_yaxis()

@@ -268,7 +268,11 @@ def time_regression(data: Mapping[str, Any]) -> Figure:
                    hatch=("...", "")[i], edgecolor="white", lw=0, label=name, error_kw={"elinewidth": 0.8})  # fmt: skip
         for place, shown in zip(places, value, strict=True):
             right.text(shown, place + (i - 0.5) * 0.36, f"    {shown:.3g}", va="bottom", fontsize=7)
-    right.set_yticks(places, [name.replace(", ", ",\n").replace(" in ", "\nin ").replace(" of ", "\nof ") for name in methods], fontsize=8)
+    right.set_yticks(
+        places,
+        [name.replace(", ", ",\n").replace(" in ", "\nin ").replace(" of ", "\nof ") for name in methods],
+        fontsize=8,
+    )
     right.set_ylim(len(methods) - 0.4, -0.9)
     right.set_xlim(0, 1.25 * 1000 * max(np.nanmax(column(times, key)) for key in ("draft_time", "target_time")))
     right.grid(axis="y", visible=False)

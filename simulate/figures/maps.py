@@ -146,4 +146,6 @@ def information(data: Mapping[str, Any]) -> Figure:
     for axes in (left, right):
         axes.set_xlabel("speedup over plain decoding")
         axes.set_ylim(-0.6, None)
-    return finish(figure, data, "+x: draft time, in target calls, that a rung is worth. Whiskers: clustered by request.")
+    return finish(
+        figure, data, "+x: draft time, in target calls, that a rung is worth. Whiskers: clustered by request."
+    )

@@ -85,10 +85,10 @@ def _weights_caption(data: Data) -> str:
     about = data["about"]
     return (
         "What the weight on rejections does, *predicted* (theory, F6). Left: a head trained with weight w puts out "
-        f"less than the true acceptance: at w = {about['weight']:g}, a rejection of {about['threshold']:g} for one token "
-        f"means {about['means']:.2f} in truth. Right: speedup of the SpecDec++ rule on {FIRST} against its threshold h "
-        f"(lag {about['lag']}, at least {about['least']} candidates): the weight mostly moves the best threshold, "
-        "which is why h = .7 at w = 6 is no statement about the theorem's bound."
+        f"less than the true acceptance: at w = {about['weight']:g}, a rejection of {about['threshold']:g} for one "
+        f"token means {about['means']:.2f} in truth. Right: speedup of the SpecDec++ rule on {FIRST} against its "
+        f"threshold h (lag {about['lag']}, at least {about['least']} candidates): the weight mostly moves the best "
+        "threshold, which is why h = .7 at w = 6 is no statement about the theorem's bound."
     )
 
 
@@ -163,15 +163,15 @@ def _head_bins(store: Store) -> Iterator[Data]:
     except Unavailable:
         return
     best = grid.get("chosen") or {}
-    shown = ((best.get("variant"), best.get("depth"), best.get("weight"), True),
-             ("published", SHARED_DEPTH, RULE.weight, False), ("published", SHARED_DEPTH, RULE.weight, True))  # fmt: skip
+    shared = ("published", SHARED_DEPTH, RULE.weight)
+    shown = ((*tuple(best.get(key) for key in HEAD_KEYS[:-1]), True), (*shared, False), (*shared, True))
     for head in dict.fromkeys(shown):
         lines = [x for x in grid.get("reliability") or [] if tuple(x[key] for key in HEAD_KEYS) == head]
         if lines:
             variant, depth, weight, debiased = head
             name = f"head {variant}, D = {depth}, w = {weight:g}{', de-biased' if debiased and weight != 1 else ''}"
-            yield series(name, "replayed", panel="bins",
-                         **{key: [line[key] for line in lines] for key in ("predicted", "accepted", "count")})  # fmt: skip
+            columns = {key: [line[key] for line in lines] for key in ("predicted", "accepted", "count")}
+            yield series(name, "replayed", panel="bins", **columns)
 
 
 def _reliability_caption(data: Data) -> str:
@@ -183,9 +183,9 @@ def _reliability_caption(data: Data) -> str:
     )
     return (
         f"What a prediction of acceptance is worth, *replayed* on {about['num_positions']:,} candidates of the test "
-        f"half of {about['pair']['label']}: bins of equal size by predicted acceptance against the mean true acceptance in "
-        f"each; on the diagonal a prediction means what it says. Calibrated on the training half by isotonic "
-        f"regression. {told}."
+        f"half of {about['pair']['label']}: bins of equal size by predicted acceptance against the mean true "
+        "acceptance in each; on the diagonal a prediction means what it says. Calibrated on the training half by "
+        f"isotonic regression. {told}."
     )
 
 

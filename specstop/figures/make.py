@@ -2,11 +2,10 @@
 
 import csv
 import io
-import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +40,14 @@ assert len(RECIPES) == len(_EVERY)
 def run(args: Namespace) -> int:
     """`specstop figures`."""
     trace = None if args.trace is None else Path(args.trace)
-    result = make(Path(args.out), quick=args.quick, force=args.force, trace=trace)
+    result = make(Path(args.out), quick=args.quick, force=args.force, trace=trace, only=args.only)
     emit(json_line(result) if args.json else _text(result))
     return 0
 
 
-def make(out: Path, *, quick: bool = False, force: bool = False, trace: Path | None = None) -> dict[str, Any]:
+def make(
+    out: Path, *, quick: bool = False, force: bool = False, trace: Path | None = None, only: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Make or refresh every figure in `out`.
 
     Args:
@@ -54,14 +55,18 @@ def make(out: Path, *, quick: bool = False, force: bool = False, trace: Path | N
         quick: small sizes, and a tiny random pair unless a trace is given.
         force: compute everything anew; a trace that was recorded stays.
         trace: of a real pair; None takes that of `make demo` if it is there, else records one.
+        only: names of figures; the pages then show these alone. None: all of them.
 
     Returns:
         `out`, `figures` (name, seconds, reused, origins), `not_made` (name, why), `seconds`.
 
     Raises:
-        ValueError: if the trace is none, or the demo's packages are missing; one line.
+        ValueError: if the trace is none, a name is unknown, or the demo's packages are missing; one line.
     """
     start = time.perf_counter()
+    for name in only or ():
+        if name not in RECIPES:
+            raise ValueError(f"--only: must be among {', '.join(RECIPES)}, got {name!r:.60}")
     if trace is None and not quick and (DEMO_TRACE / "manifest.json").is_file():
         trace = DEMO_TRACE
     if trace is not None:
@@ -72,6 +77,8 @@ def make(out: Path, *, quick: bool = False, force: bool = False, trace: Path | N
     store = Store(out, SOURCES, quick=quick, force=force, trace=trace)
     made, missing, figures = [], [], []
     for recipe in RECIPES.values():
+        if only and recipe.name not in only:
+            continue
         begun = time.perf_counter()
         _say(recipe.name)
         try:
@@ -86,8 +93,8 @@ def make(out: Path, *, quick: bool = False, force: bool = False, trace: Path | N
         figures.append({"name": recipe.name, "reused": reused, "origins": origins(data),
                         "seconds": round(time.perf_counter() - begun, 2)})  # fmt: skip
     write_pages(out, made, missing)
-    return {"out": str(out), "quick": quick, "trace": str(store.trace_folder), "figures": figures,
-            "not_made": missing, "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
+    return {"out": str(out), "quick": quick, "trace": store.trace_read, "figures": figures, "not_made": missing,
+            "seconds": round(time.perf_counter() - start, 1)}  # fmt: skip
 
 
 def _draw(out: Path, data: Data) -> None:
@@ -129,10 +136,5 @@ def _text(result: dict[str, Any]) -> str:
              "": "used again" if row["reused"] else ""} for row in result["figures"]]  # fmt: skip
     parts = [table(rows)]
     parts += [f"not made: {row['name']}: {row['why']}" for row in result["not_made"]]
-    parts.append(f"{result['out']}/index.html, report.md  ({result['seconds']:.0f} s, trace {result['trace']})")
+    parts.append(f"{result['out']}/index.html, report.md  ({result['seconds']:.0f} s)")
     return "\n".join(parts)
-
-
-def read(out: Path, name: str) -> Data:
-    """A figure's stored data, to be drawn again."""
-    return json.loads((out / f"{name}.json").read_text(encoding="utf-8"))

@@ -143,9 +143,7 @@ def _html(out: Path, made: Sequence[Data], missing: Sequence[Mapping[str, str]])
             source = base64.b64encode((out / f"{name}.svg").read_bytes()).decode()
             alt = html.escape(f"{data['title']}; numbers in {name}.csv")
             parts.append("<span class=hint>Scroll the figure sideways, or tap a file below.</span>")
-            parts.append(
-                f"<div class='scroll sheet'><img alt='{alt}' src='data:image/svg+xml;base64,{source}'></div>"
-            )
+            parts.append(f"<div class='scroll sheet'><img alt='{alt}' src='data:image/svg+xml;base64,{source}'></div>")
         files = " ".join(f"<a href='{name}.{kind}'>{kind.upper()}</a>" for kind in ("pdf", "svg", "png", "csv", "json"))
         parts.append(f"<p class=caption>{_inline(data['caption'])}</p><p class=files>{files}</p></section>")
     if missing:
@@ -180,5 +178,3 @@ def _markdown_table(data: Data) -> str:
             cells.append(f"{value} ({below})" if below else value)
         lines.append("| " + " | ".join((row["quantity"], _label(row["pair"], data), *cells)) + " |")
     return "\n".join(lines)
-
-

@@ -91,9 +91,7 @@ def wall_speedups(store: Store, panel: str) -> Iterator[Data]:
     keys = ("system", "policy", "tokens_per_second", "low", "high")
     timed = replayed["measured_times"]
     if timed:
-        again = [
-            (names[p], p, timed[p]["throughput"], *timed[p]["throughput_interval"]) for p in live
-        ]
+        again = [(names[p], p, timed[p]["throughput"], *timed[p]["throughput_interval"]) for p in live]
         yield series("replayed", "replayed", panel=panel, source="times measured when the trace was recorded",
                      **dict(zip(keys, zip(*again, strict=True), strict=True)))  # fmt: skip
     yield series("live", "measured", panel=panel, **dict(zip(keys, zip(*rows, strict=True), strict=True)))

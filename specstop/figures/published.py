@@ -92,14 +92,14 @@ def _speedups(store: Store) -> Data:
 def _speedups_caption(data: Data) -> str:
     about = data["about"]
     return (
-        "Speedup over plain decoding. **Llama-2 7B drafts for 70B** (top): published headlines [README, note], HumanEval's "
-        "and GSM8K's best fixed K derived from them; predictions from fits to Alpaca alone, where best fixed K and "
-        "SpecDec++ are fitted, not predicted (open bars). Lines on bars: what the rounding of the fitted figures "
-        f"leaves open. **{about['pair']['label']}** (bottom): predicted from the training half of the trace, replayed "
-        f"on {about['num_requests']} other requests and decoded live on some of them, all with a draft step *declared* "
-        f"to take {about['declared']:g} target calls; on the right the wall clock, where this draft takes the target's "
-        f"own time. Whiskers: {100 * about['level']:g} % intervals clustered by request. `perfect head` sees true "
-        "acceptance and `oracle` the future: ceilings, not rules."
+        "Speedup over plain decoding. **Llama-2 7B drafts for 70B** (top): published headlines [README, note], "
+        "HumanEval's and GSM8K's best fixed K derived from them; predictions from fits to Alpaca alone, where best "
+        "fixed K and SpecDec++ are fitted, not predicted (open bars). Lines on bars: what the rounding of the fitted "
+        f"figures leaves open. **{about['pair']['label']}** (bottom): predicted from the training half of the trace, "
+        f"replayed on {about['num_requests']} other requests and decoded live on some of them, all with a draft step "
+        f"*declared* to take {about['declared']:g} target calls; on the right the wall clock, where this draft takes "
+        f"the target's own time. Whiskers: {100 * about['level']:g} % intervals clustered by request. `perfect head` "
+        "sees true acceptance and `oracle` the future: ceilings, not rules."
     )
 
 
@@ -167,8 +167,8 @@ def _frontiers_caption(data: Data) -> str:
         "*derived*, digitised from the published plot, K labels assumed; *predicted* curves of fixed K (fitted to the "
         "verification rates, endless text) and of the SpecDec++ rule with its weight 6, lag 1 and at least 2 "
         "candidates; the optimum reads the same head without bias and lag: no rule that does can lie "
-        f"below its curve. **{about['pair']['label']}**: *predicted* for fixed K, all else *replayed* on the test half. "
-        "The paper's own SpecDec++ points are not available as numbers."
+        f"below its curve. **{about['pair']['label']}**: *predicted* for fixed K, all else *replayed* on the test "
+        "half. The paper's own SpecDec++ points are not available as numbers."
     )
 
 
@@ -247,9 +247,9 @@ def _by_threshold_caption(data: Data) -> str:
     return (
         "Throughput, as speedup, against the threshold h (stop once the estimated probability of a rejection exceeds "
         f"h). **Datasets**: all curves *predicted*. The SpecDec++ rule reads a head that was trained with weight "
-        f"{about['weight']:g} on rejections, which inflates their odds by as much, so its best h is large; without bias "
-        "and lag the same head does better, at a smaller h. The star is *published*: the tuned rule's headline at the "
-        "shared h = .7 (Alpaca: fitted to it). Throughput per h was not published as numbers. "
+        f"{about['weight']:g} on rejections, which inflates their odds by as much, so its best h is large; without "
+        "bias and lag the same head does better, at a smaller h. The star is *published*: the tuned rule's headline "
+        "at the shared h = .7 (Alpaca: fitted to it). Throughput per h was not published as numbers. "
         f"**{about['pair']['label']}**: *replayed* on the test half (solid), *predicted* from a chain of eight bins "
         "fitted to the training half (dashed); signals are calibrated, `token_accept_prob` is a perfect head."
     )

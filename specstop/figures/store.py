@@ -86,6 +86,11 @@ class Store:
 
         return recorded_trace(self)
 
+    @property
+    def trace_read(self) -> str | None:
+        """The trace's folder, if anything asked for it."""
+        return str(self.trace_folder) if "trace_folder" in vars(self) else None
+
     @cached_property
     def trace(self) -> "Trace":
         from mdp.trace import load

@@ -150,14 +150,15 @@ def rows(data: Data) -> list[Data]:
 def _table_caption(data: Data) -> str:
     about = data["about"]
     return (
-        "Published, predicted and measured on one page. **Published**: read in SpecDec++'s README or a note that quotes "
-        "the paper; in brackets what is *derived*, digitised from a plot or implied by other numbers. **Predicted**, "
-        "datasets: from three numbers fitted to published figures (open: fitted, no prediction), with what the rounding "
-        f"of those figures leaves open; {about['pair']['label']}: from the training half of its trace. **Replayed**: on "
-        f"{about['num_requests']} requests of the test half, {100 * about['level']:g} % intervals clustered by request. "
-        "**Live**: counts of the pair decoding, the same intervals. Times of the pair are declared (a draft step "
-        f"{about['declared']:g} target calls). Beyond their intervals: {'; '.join(about['missed'])}. The oracle decodes "
-        f"greedily in the paper. Source of the oracle: {ORACLE.speedup.source} [{ORACLE.speedup.tag}]."
+        "Published, predicted and measured on one page. **Published**: read in SpecDec++'s README or a note that "
+        "quotes the paper; in brackets what is *derived*, digitised from a plot or implied by other numbers. "
+        "**Predicted**, datasets: from three numbers fitted to published figures (open: fitted, no prediction), with "
+        f"what the rounding of those figures leaves open; {about['pair']['label']}: from the training half of its "
+        f"trace. **Replayed**: on {about['num_requests']} requests of the test half, {100 * about['level']:g} % "
+        "intervals clustered by request. **Live**: counts of the pair decoding, the same intervals. Times of the pair "
+        f"are declared (a draft step {about['declared']:g} target calls). Beyond their intervals: "
+        f"{'; '.join(about['missed'])}. The oracle decodes greedily in the paper. Source of the oracle: "
+        f"{ORACLE.speedup.source} [{ORACLE.speedup.tag}]."
     )
 
 

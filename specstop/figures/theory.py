@@ -61,11 +61,11 @@ def _thresholds_caption(data: Data) -> str:
         f"Left: the optimal thresholds S*(k, z), *predicted* (solved, bounds closed): with k candidates drafted, the "
         "last one in a regime of acceptance a, draft on while survival is at least this. Ten regimes, kept with "
         f"probability {about['stays']:g}; cost ratio {about['cost_ratio']:.3f}, at most {about['max_candidates']} "
-        "candidates. One number would do if the next acceptance were the same in every regime; it is not: behind a hard "
-        "token drafting on asks for more survival. Right: the rejection probability at which the optimum stops, "
+        "candidates. One number would do if the next acceptance were the same in every regime; it is not: behind a "
+        "hard token drafting on asks for more survival. Right: the rejection probability at which the optimum stops, "
         "1 - S*(k, z), against the bound of Theorem 3.1 with the tightest Δ for that state. No point lies above the "
-        "diagonal: the theorem is sufficient for stopping. The optimum stops earlier, by the distance from it; with one "
-        f"Δ for all states the bound would be {about['tightest']:.2f}."
+        "diagonal: the theorem is sufficient for stopping. The optimum stops earlier, by the distance from it; with "
+        f"one Δ for all states the bound would be {about['tightest']:.2f}."
     )
 
 
@@ -118,8 +118,8 @@ def _phase(store: Store) -> Data:
         values = np.asarray(found[name])
         return [float(values[point]) for point in points]
 
-    columns = {name: [axis[point[i]] for point in points]
-               for i, (name, axis) in enumerate(zip(("dispersion", "persistence", "cost_ratio"), axes, strict=True))}  # fmt: skip
+    names = ("dispersion", "persistence", "cost_ratio")
+    columns = {name: [axes[i][point[i]] for point in points] for i, name in enumerate(names)}
     lost = 1.0 - np.array(cells("best_threshold")) / np.array(cells("optimum"))
     return {
         "series": [series("two regimes", "predicted", **columns, gain=cells("gain_of_optimum"), lost=lost,
@@ -168,11 +168,11 @@ def _information_caption(data: Data) -> str:
     world = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in about["world"].items())
     return (
         f"What knowing is worth. **Model** (*predicted*, exact or between closed bounds): two regimes, {world}; each "
-        "rung knows what those below it know. A number beside a rung is by how much each draft step may take longer, in "
-        f"target calls, before its gain over `position` is gone. **{about['pair']['label']}** (*replayed*): the best "
-        f"rule found on the training half for each kind of knowledge, scored on {about['num_requests']} other requests "
-        f"with luck removed by a control variate, {100 * about['level']:g} % intervals; hollow: ceilings that no rule "
-        "exceeds."
+        "rung knows what those below it know. A number beside a rung is by how much each draft step may take longer, "
+        f"in target calls, before its gain over `position` is gone. **{about['pair']['label']}** (*replayed*): the "
+        f"best rule found on the training half for each kind of knowledge, scored on {about['num_requests']} other "
+        f"requests with luck removed by a control variate, {100 * about['level']:g} % intervals; hollow: ceilings "
+        "that no rule exceeds."
     )
 
 
@@ -228,13 +228,13 @@ def _played(name: str, panel: str, played: Data, limit: float) -> Iterator[Data]
 def _self_tuning_caption(data: Data) -> str:
     about = data["about"]
     return (
-        "Self-tuning: the throughput earned so far in place of the optimal rate that nobody knows. Points: *simulated*, "
-        "mean over replicas after so many rounds, bars one standard deviation of a replica; lines to the right: the "
-        f"exact limits, *predicted*. Left: two regimes (mean {about['mean']:g}, dispersion {about['dispersion']:g}, "
-        f"persistence {about['persistence']:g}); heads read the regime right with probability {about['accuracy']:g}. "
-        "The optimal table as a function of the rate finds its optimum; look-ahead comes close; a biased head costs "
-        "more than tuning does. Right: a problem on which self-tuned look-ahead settles below what look-ahead at "
-        "another rate would earn."
+        "Self-tuning: the throughput earned so far in place of the optimal rate that nobody knows. Points: "
+        "*simulated*, mean over replicas after so many rounds, bars one standard deviation of a replica; lines to the "
+        f"right: the exact limits, *predicted*. Left: two regimes (mean {about['mean']:g}, dispersion "
+        f"{about['dispersion']:g}, persistence {about['persistence']:g}); heads read the regime right with "
+        f"probability {about['accuracy']:g}. The optimal table as a function of the rate finds its optimum; "
+        "look-ahead comes close; a biased head costs more than tuning does. Right: a problem on which self-tuned "
+        "look-ahead settles below what look-ahead at another rate would earn."
     )
 
 

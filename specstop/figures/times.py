@@ -46,7 +46,8 @@ def _regression(store: Store) -> Data:
     names = {policy: name for name, policy in systems(store.get("replayed")["chosen"]).items()}
     for policy, run in runs.items():
         fitted = found[0] * run["num_drafted"] + found[1] * run["num_target_calls"]
-        out.append(series(names[policy], "measured", policy=[policy] * len(fitted), request=run["request"], num_drafted=run["num_drafted"],
+        out.append(series(names[policy], "measured", policy=[policy] * len(fitted), request=run["request"],
+                          num_drafted=run["num_drafted"],
                           num_target_calls=run["num_target_calls"], draft_seconds=run["draft_seconds"],
                           verify_seconds=run["verify_seconds"], seconds=run["seconds"],
                           processor_seconds=run["processor_seconds"], fitted=fitted))  # fmt: skip
@@ -57,7 +58,8 @@ def _regression(store: Store) -> Data:
             ("timers in the loop", timer[0] / max(drafted, 1), timer[1] / called, None, None)]  # fmt: skip
     measured = live["measured"]
     if measured:
-        rows.append(("medians, recorded with the trace", measured["draft_time"], measured["verify_time"][0], None, None))
+        medians = measured["draft_time"], measured["verify_time"][0]
+        rows.append(("medians, recorded with the trace", *medians, None, None))
     keys = ("method", "draft_time", "target_time", "draft_time_se", "target_time_se")
     out.append(series("times", "measured", panel="times", **dict(zip(keys, zip(*rows, strict=True), strict=True))))
     slope = None
@@ -81,8 +83,9 @@ def _regression_caption(data: Data) -> str:
         f"*Measured*: wall time of {about['num_runs']} live runs of {about['pair']['label']} on this machine against "
         f"what a linear regression on the numbers of draft steps and target calls fits: t_draft "
         f"{1000 * times['draft_time'][0]:.2f} ms, t_target {1000 * times['target_time'][0]:.2f} ms, R² "
-        f"{about['r2']:.3f} (of processor time, which other programs disturb less: {about['processor_r2']:.3f}). The paper reports R² of at least .98 for such fits [note]; its own (t_draft, t_target) "
-        f"are not available as numbers.{more}"
+        f"{about['r2']:.3f} (of processor time, which other programs disturb less: {about['processor_r2']:.3f}). The "
+        "paper reports R² of at least .98 for such fits [note]; its own (t_draft, t_target) are not available as "
+        f"numbers.{more}"
     )
 
 
@@ -101,11 +104,12 @@ def _decomposition(store: Store) -> Data:
         at, best = int(np.argmax(fixed["speedup"])), int(np.argmax(rule["speedup"]))
         seen = fit.curve(name, type(HEAD)())
         top = seen.best
-        rows = [("no speculation", 1.0, 0.0, 0.0),
-                (f"best fixed K = {fixed['length'][at]}", fixed["verification_rate"][at], fixed["discard_rate"][at], 0.0),
-                (f"SpecDec++, h = {rule['threshold'][best]:.2g}", rule["verification_rate"][best],
-                 rule["discard_rate"][best], 0.0),
-                ("optimum, same head", float(seen.verification_rate[top]), float(seen.discard_rate[top]), 0.0)]  # fmt: skip
+        rows = [
+            ("no speculation", 1.0, 0.0, 0.0),
+            (f"best fixed K = {fixed['length'][at]}", *_rates_at(fixed, at), 0.0),
+            (f"SpecDec++, h = {rule['threshold'][best]:.2g}", *_rates_at(rule, best), 0.0),
+            ("optimum, same head", float(seen.verification_rate[top]), float(seen.discard_rate[top]), 0.0),
+        ]
         out.append(series("model", "predicted", panel=name, **parts(rows, fit.cost_ratio, 1.0)))
     rows = []
     for name, policy in systems(replayed["chosen"]).items():
@@ -118,11 +122,17 @@ def _decomposition(store: Store) -> Data:
         tokens, drafted = run["num_emitted"].sum(), max(run["num_drafted"].sum(), 1)
         step = 1000 * run["draft_seconds"].sum() / drafted
         discarded = step * run["num_discarded"].sum() / tokens
-        draft, verify, total = (1000 * run[key].sum() / tokens for key in ("draft_seconds", "verify_seconds", "seconds"))
+        spent = ("draft_seconds", "verify_seconds", "seconds")
+        draft, verify, total = (1000 * run[key].sum() / tokens for key in spent)
         shares.append((names[policy], draft - discarded, discarded, verify, total - draft - verify))
     keys = ("rule", "kept", "discarded", "target", "rest")
-    out.append(series("live", "measured", panel="wall clock", **dict(zip(keys, zip(*shares, strict=True), strict=True))))
+    columns = dict(zip(keys, zip(*shares, strict=True), strict=True))
+    out.append(series("live", "measured", panel="wall clock", **columns))
     return {"series": out, "about": {"cost_ratio": fit.cost_ratio, "declared": COST_RATIO, "pair": replayed["pair"]}}
+
+
+def _rates_at(curve: Data, at: int) -> tuple[float, float]:
+    return curve["verification_rate"][at], curve["discard_rate"][at]
 
 
 def _decomposition_caption(data: Data) -> str:
@@ -131,8 +141,8 @@ def _decomposition_caption(data: Data) -> str:
         "What a token's time is made of (SpecDec++, Eq. 2.1): draft steps whose candidate is kept, draft steps whose "
         "candidate is discarded, and target calls, in target calls per token; the shorter the bar, the faster. "
         f"**Datasets**: *predicted*, cost ratio {about['cost_ratio']:.3f}. **{about['pair']['label']}**: *replayed* on "
-        f"the test half, draft step declared {about['declared']:g} target calls; **wall clock**: *measured* in the live "
-        "run, milliseconds per token on this machine, the loop's own time included."
+        f"the test half, draft step declared {about['declared']:g} target calls; **wall clock**: *measured* in the "
+        "live run, milliseconds per token on this machine, the loop's own time included."
     )
 
 
