@@ -3,7 +3,7 @@ r"""How long the explorer takes to follow a slider: goal 200 ms a redraw after t
     python benchmarks/explorer.py [--quick] [--json] [--only compute|draw|redraw]
 
 *compute*: `mdp.overview` at random settings, each once (nothing is remembered between them), against `mdp.solve` alone
-on the same problems, which compiles where the form of the policy is not known beforehand. *draw*: `simulate.redraw` in
+on the same problems, which compiles where the form of the policy is not known beforehand. *draw*: `simulate.figures.redraw` in
 place against a new figure each time. *redraw*: what a slider's move costs in the kernel, both and the PNG, the whole
 widget included; the first one, imports of matplotlib and fonts apart, by itself. `worst` is over all moves; `ratio` is
 peer_s / ours_s, or the goal over ours.
@@ -21,7 +21,7 @@ from measure import options, printer
 
 from mdp.overview import RANGES, Overview, Settings, overview
 from mdp.solve import solve
-from simulate.redraw import OverviewPicture
+from simulate.figures.redraw import OverviewPicture
 from specstop.explorer import Explorer
 
 GOAL = 0.2

@@ -30,8 +30,8 @@ STUDIES = ("paper", "phase", "information", "self-tuning")
 
 # Verb -> the module whose function it is, where that is not `specstop.verbs`.
 HOMES = {
-    "check": "check", "decode": "decoding", "import": "traces", "merge": "recording", "record": "recording",
-    "train-head": "heads", "validate": "validation",
+    "check": "check", "decode": "decoding", "figures": "figures.make", "import": "traces", "merge": "recording",
+    "record": "recording", "train-head": "heads", "validate": "validation",
 }  # fmt: skip
 
 # A package that is missing -> the extra that brings it.
@@ -396,6 +396,18 @@ def build_parser() -> Parser:
     demo = verb("demo", "the main job end to end: solve, simulate, record a real pair, replay, report")
     demo.add_argument("--out", default="out", metavar="DIR", help="default out")
     demo.add_argument("--quick", action="store_true", help="a small run that shows the same files")
+
+    figures = verb(
+        "figures", "every figure and table of the paper again, with what theory and a real pair add",
+        "Vector, PNG and the numbers behind each, index.html and report.md. What is not too old is used again.",
+    )  # fmt: skip
+    figures.add_argument("--out", required=True, metavar="DIR", help="made if need be")
+    figures.add_argument("--quick", action="store_true", help="small sizes, and a tiny random pair (3 minutes)")
+    figures.add_argument("--force", action="store_true", help="compute everything anew; a trace once recorded stays")
+    figures.add_argument("--only", metavar="NAME", nargs="+", help="these figures alone, by the names of their files")
+    figures.add_argument(
+        "--trace", metavar="TRACE", help="of a real pair (default: out/trace of `make demo`, or one recorded now)"
+    )
 
     verb("schema", "every kind and key that a problem file may hold")
     verb("policies", "the stopping rules and how to write them")

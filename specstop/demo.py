@@ -37,7 +37,7 @@ from simulate.replay import replay, replay_rounds
 from specstop.outcome import COST_RATIO, FULL, QUICK, Live, Outcome, Settings
 from specstop.report import write_figures, write_report
 
-__all__ = ["choose", "compare", "run", "synthetic_problem"]
+__all__ = ["choose", "compare", "load_models", "record_once", "run", "synthetic_problem"]
 
 MAX_CANDIDATES = 12
 SIGNALS = ("entropy", "draft_prob", "token_accept_prob")
@@ -65,9 +65,9 @@ def run(out: str | Path, quick: bool = False) -> dict[str, Any]:
     with _stage(outcome, 2, "simulate", f"simulating {settings.rounds:,} rounds a policy"):
         _simulate(outcome)
     with _stage(outcome, 3, "load", f"loading {settings.target} and {settings.draft}"):
-        pair, prompts = _load(settings)
+        pair, prompts = load_models(settings)
     with _stage(outcome, 4, "record", f"recording {len(prompts)} requests"):
-        outcome.trace, outcome.reused = _record(settings, pair, prompts, out / "trace")
+        outcome.trace, outcome.reused = record_once(settings, pair, prompts, out / "trace")
     with _stage(outcome, 5, "replay", "replaying, thresholds chosen on the training half"):
         outcome.declared = compare(outcome.trace, Affine(draft_time=COST_RATIO, verify_time=1.0))
         outcome.measured = compare(outcome.trace, None)
@@ -125,7 +125,8 @@ def _speedup(entry: Evaluation) -> float:
     return entry.speedup
 
 
-def _load(settings: Settings) -> tuple[Any, list[list[int]]]:
+def load_models(settings: Settings) -> tuple[Any, list[list[int]]]:
+    """The pair and its prompts as token ids."""
     from realmodels.pair import load_pair, load_prompts
 
     pair = load_pair(settings.target, settings.draft)
@@ -134,7 +135,9 @@ def _load(settings: Settings) -> tuple[Any, list[list[int]]]:
     return pair, load_prompts(settings.prompts, pair, settings.num_prompts)
 
 
-def _record(settings: Settings, pair: Any, prompts: list[list[int]], folder: Path) -> tuple[Trace, bool]:
+def record_once(
+    settings: Settings, pair: Any, prompts: list[list[int]], folder: Path, **options: Any
+) -> tuple[Trace, bool]:
     """The trace, and whether it was there already."""
     from realmodels.record import record
     from realmodels.streams import request_ids
@@ -147,7 +150,7 @@ def _record(settings: Settings, pair: Any, prompts: list[list[int]], folder: Pat
     return record(
         pair, prompts, folder, max_candidates=MAX_CANDIDATES, max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature, top_k=settings.top_k, seed=settings.seed, batch_size=settings.batch_size,
-        timing_repeats=settings.timing_repeats,
+        timing_repeats=settings.timing_repeats, **options,
     ), False  # fmt: skip
 
 

@@ -5,9 +5,9 @@
     explore(mean=0.7, draft_time=20.0)          # from these settings on
 
 Three parts that know nothing of each other: `mdp.overview` computes (exact, some ten milliseconds, nothing compiled),
-`simulate.redraw` draws in place, and the widget here passes values from sliders to the one and pixels from the other.
-While a slider is dragged, moves that arrive within `DELAY` become one redraw of the latest values, so a slow machine
-shows fewer pictures, not old ones. What goes wrong is one line under the sliders; the last picture stays.
+`simulate.figures.redraw` draws in place, and the widget here passes values from sliders to the one and pixels from the
+other. While a slider is dragged, moves that arrive within `DELAY` become one redraw of the latest values, so a slow
+machine shows fewer pictures, not old ones. What goes wrong is one line under the sliders; the last picture stays.
 
 Without ipywidgets there is the picture of the settings given, and a line that says how to get the sliders.
 """
@@ -20,7 +20,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mdp.overview import RANGES, Overview, Settings, overview
-from simulate.redraw import OverviewPicture
+from simulate.figures.redraw import OverviewPicture
 
 __all__ = ["Explorer", "explore", "headline"]
 

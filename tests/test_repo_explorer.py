@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdp.overview import RANGES, Settings, overview
-from simulate.redraw import OverviewPicture
+from simulate.figures.redraw import OverviewPicture
 from specstop import explorer as module
 from specstop.explorer import SLIDERS, explore, headline
 

@@ -1,18 +1,8 @@
-r"""Figures: a result goes in, a matplotlib `Figure` comes out, nothing is computed on the way.
+"""Figures of a comparison: policies in one world, simulated or replayed, and the thresholds of a solution."""
 
-Every figure says where its numbers come from (predicted, simulated, replayed; which times, declared or measured) in a
-line under it. Colours are Okabe and Ito's, which colour-blind readers can tell apart, and each comes with a marker of
-its own, so a grey print can be read too. Whiskers are intervals at the level written under the figure.
-
-`Figure` is used directly, without pyplot: no global state, no window, safe in threads and in a server.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,33 +10,9 @@ from matplotlib.figure import Figure
 from mdp.evaluate import Evaluation
 from mdp.policy import FixedLength, Oracle, parse
 from simulate.estimate import Comparison, Estimate, PolicyResult, TraceComparison, interval
+from simulate.figures.style import BLACK, BLUE, GREEN, GREY, LOOKS, ORANGE, PURPLE, RED, SKY, heading, sign, styled
 
-__all__ = ["STYLE", "lengths", "policies", "rates", "save", "thresholds"]
-
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
-)  # fmt: skip
-GREY = "#6B6B6B"
-
-STYLE: Mapping[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.labelsize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#E2E2E2",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 5.0,
-    "figure.facecolor": "white",
-}
-"""The house style, in one place."""
+__all__ = ["ORACLE", "SIGNALS", "lengths", "policies", "rates", "thresholds"]
 
 # What a rule looks at -> how it is drawn, and its name in words. Order: the more a rule knows, the later.
 SIGNALS = {
@@ -64,33 +30,9 @@ SEES = {
 }
 ORACLE = (GREY, "$]$", "knows the future: no policy")
 BIG = {"$]$": 9.0}  # markers that need more than the house's size
-REGIMES = ((BLUE, "o", "-"), (ORANGE, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (RED, "v", "-"),
-           (SKY, "P", "--"), (BLACK, "X", "-."), (GREY, "*", ":"))  # fmt: skip
-DPI = 150
 
 
-def _styled(make: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Build the figure under the house style, ticks and layout included, and leave matplotlib's settings alone."""
-
-    @wraps(make)
-    def styled(*args: Any, **kwargs: Any) -> Figure:
-        with matplotlib.rc_context(dict(STYLE)):
-            figure = make(*args, **kwargs)
-            figure.draw_without_rendering()
-        return figure
-
-    return styled
-
-
-def save(figure: Figure, path: str | Path, dpi: int = DPI) -> Path:
-    """Write a figure; the same figure gives the same bytes."""
-    path = Path(path)
-    metadata = {"Software": None} if path.suffix == ".png" else None
-    figure.savefig(path, dpi=dpi, metadata=metadata)
-    return path
-
-
-@_styled
+@styled
 def lengths(
     comparison: Comparison,
     *,
@@ -142,11 +84,11 @@ def lengths(
     right.set_xlim(-0.6, len(adaptive) - 0.4)
     right.tick_params(axis="y", left=False)
     right.set_title("rules that adapt", fontsize=9, loc="center")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    heading(figure, title)
     return _signed(figure, comparison, note)
 
 
-@_styled
+@styled
 def thresholds(
     survival_threshold: Sequence[Sequence[float | None]] | np.ndarray,
     *,
@@ -169,7 +111,7 @@ def thresholds(
     depth, num_regimes = table.shape
     k = np.arange(depth)
     for z in range(num_regimes):
-        colour, marker, line = REGIMES[z % len(REGIMES)]
+        colour, marker, line = LOOKS[z % len(LOOKS)]
         height = np.where(np.isinf(table[:, z]), never, table[:, z])
         name = names[z] if z < len(names) else f"regime {z}"
         axes.plot(k, height, color=colour, ls=line, label=name, zorder=2)
@@ -179,11 +121,11 @@ def thresholds(
     axes.set_yticks([*np.linspace(0, 1, 6), never], [*(f"{height:.1f}" for height in np.linspace(0, 1, 6)), "stop"])
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower left", title="regime of the last candidate", title_fontsize=8.5, alignment="left")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    heading(figure, title)
     return _signed(figure, None, note)
 
 
-@_styled
+@styled
 def policies(comparison: Comparison, *, title: str = "Policies on one trace", note: str = "") -> Figure:
     """Each policy's speedup, and its difference from the first policy paired over clusters, with intervals.
 
@@ -220,11 +162,11 @@ def policies(comparison: Comparison, *, title: str = "Policies on one trace", no
     for axes in (left, right):
         axes.grid(axis="y", visible=False)
         axes.tick_params(axis="y", length=0)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    heading(figure, title)
     return _signed(figure, comparison, note)
 
 
-@_styled
+@styled
 def rates(comparison: Comparison, *, title: str = "What a speedup is made of", note: str = "") -> Figure:
     """Verification rate against discard rate: target calls and thrown-away candidates per emitted token.
 
@@ -248,7 +190,7 @@ def rates(comparison: Comparison, *, title: str = "What a speedup is made of", n
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05)
     axes.legend(loc="upper right")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
+    heading(figure, title)
     return _signed(figure, comparison, note, whiskers=False)
 
 
@@ -362,5 +304,4 @@ def _signed(figure: Figure, comparison: Comparison | None, note: str, whiskers: 
         clustered = ", clustered by request" if isinstance(comparison, TraceComparison) else ""
         parts.append(f"whiskers: {100 * _level(comparison):g} % intervals{clustered}")
     text = "; ".join(parts) + ("." if parts else "")
-    figure.supxlabel(f"{text}  {note}".strip(), x=0.01, ha="left", fontsize=7.5, color=GREY)
-    return figure
+    return sign(figure, f"{text}  {note}")
