@@ -117,6 +117,7 @@ class Plan:
     contents: Contents
     batch_size: int
     shard_size: int
+    about_prompts: dict[str, Any] | None = None
 
     @classmethod
     def make(
@@ -130,6 +131,7 @@ class Plan:
         store_tokens: bool = True,
         store_hidden: bool = False,
         score_rollouts: bool = True,
+        about_prompts: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> "Plan":
         """A plan from settings.
@@ -142,6 +144,7 @@ class Plan:
             store_hidden: keep the draft's last hidden state behind each on-path law, for training heads.
             score_rollouts: False leaves out the target's view of rollouts, and its work on them: policies that need
                 it past a rejection are refused.
+            about_prompts: kept in the manifest as `prompts`: where they are from.
             sampling: as of `realmodels.sampling.Sampling`.
 
         Raises:
@@ -151,7 +154,9 @@ class Plan:
         contents = Contents(
             store_tokens, store_top if store_tokens else 0, store_hidden and store_tokens, score_rollouts
         )
-        return cls(header, prompts, request_ids(prompts), Sampling(**sampling), contents, batch_size, shard_size)
+        return cls(
+            header, prompts, request_ids(prompts), Sampling(**sampling), contents, batch_size, shard_size, about_prompts
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -164,6 +169,7 @@ class Plan:
             "sampling": asdict(sampling),
             **asdict(self.header),
             "seed": sampling.seed,
+            **({"prompts": self.about_prompts} if self.about_prompts else {}),
             "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "clamping": _CLAMPING,
             "replayable": True,
