@@ -316,14 +316,15 @@ class _Batch:
             packed = torch.zeros(4, rows.stop - rows.start, int(slot.max()) + 1, dtype=torch.long)
             packed[2] = PADDING
             packed[:, row, slot] = torch.stack([token[active], fork[active] + step, active, fork[active]])
+            read = packed[0], packed[1], packed[2], packed[3]
             with self._timed("rollout"):
-                logits = self.draft.read(rows, *packed, keep_hidden=self.contents.hidden)[row, slot]
+                logits = self.draft.read(rows, *read, keep_hidden=self.contents.hidden)[row, slot]
                 q = _law(sampling, logits)
                 shown = q if sampling.temperature else _host(sampling.feature_law(logits))
             y, p = draw(q, coin[active, step]), None
             if self.contents.rollout_scores:
                 with self._timed("rollout_score"):
-                    p = _law(sampling, self.target.read(rows, *packed)[row, slot])
+                    p = _law(sampling, self.target.read(rows, *read)[row, slot])
             drafts_end = _ends(y, self.pair)
             out.append(
                 self._drafted(p, q, shown, y)

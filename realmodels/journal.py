@@ -226,7 +226,7 @@ def merge(out: str | Path, parts: Sequence[str | Path]) -> Trace:
         if journal.folder.resolve() != out.resolve():
             _link(journal.folder / entry["file"], out / entry["file"])
             _write(out / f"shard-{block:05d}.json", entry)
-    times = next((found for journal in opened if (found := journal.times()) is not None), None)
+    times = next((noted for journal in opened if (noted := journal.times()) is not None), None)
     if times is not None:
         whole.write_times(times)
     trace = whole.finish()
@@ -283,10 +283,14 @@ def _difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
     if theirs.get("request_ids") != ours.get("request_ids") or theirs.get("prompts_sha256") != ours["prompts_sha256"]:
         return "of other prompts, not those"
     for key in [*ours, *(key for key in theirs if key not in ours)]:
-        # A model may be named in several ways; its name, revision and hash say which it is.
-        if theirs.get(key) != ours.get(key) and not key.endswith(".spec"):
+        if theirs.get(key) != ours.get(key) and not _is_a_name(key):
             return f"with {key} {theirs.get(key)!r:.60}, not {ours.get(key)!r:.60}"
     return ""
+
+
+def _is_a_name(key: str) -> bool:
+    """Models and prompts may be named in several ways; names, revisions and hashes say which they are."""
+    return key.endswith(".spec") or key.startswith("prompts.")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -299,7 +303,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _digest(settings: Mapping[str, Any]) -> str:
     """Hash of the settings, whatever the models were called."""
-    named = {key: value for key, value in _flat(settings).items() if not key.endswith(".spec")}
+    named = {key: value for key, value in _flat(settings).items() if not _is_a_name(key)}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 

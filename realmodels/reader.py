@@ -44,8 +44,11 @@ class Reader:
         self.vocab_size = vocab_size
         self.cache = growing_cache(model.config, batch_size)
         self.selects_rows = all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
-        # A model spread over devices takes its inputs where its embedding is; its layers move what they get.
-        device = model.get_input_embeddings().weight.device
+        # A model spread over devices takes its inputs where its embedding works; its layers move what they get.
+        embedding = model.get_input_embeddings()
+        device = torch.device(
+            getattr(getattr(embedding, "_hf_hook", None), "execution_device", embedding.weight.device)
+        )
         self.owner = torch.empty((batch_size, 0), dtype=torch.long, device=device)
         self.position = self.owner.clone()
         self.hidden: Tensor | None = None

@@ -12,8 +12,8 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
@@ -117,7 +117,7 @@ class Plan:
     contents: Contents
     batch_size: int
     shard_size: int
-    about_prompts: Mapping[str, Any] = field(default_factory=dict)
+    about_prompts: dict[str, Any] | None = None
 
     @classmethod
     def make(
@@ -131,7 +131,7 @@ class Plan:
         store_tokens: bool = True,
         store_hidden: bool = False,
         score_rollouts: bool = True,
-        about_prompts: Mapping[str, Any] | None = None,
+        about_prompts: dict[str, Any] | None = None,
         **sampling: Any,
     ) -> "Plan":
         """A plan from settings.
@@ -155,9 +155,8 @@ class Plan:
             store_tokens, store_top if store_tokens else 0, store_hidden and store_tokens, score_rollouts
         )
         return cls(
-            header, prompts, request_ids(prompts), Sampling(**sampling), contents, batch_size, shard_size,
-            about_prompts or {},
-        )  # fmt: skip
+            header, prompts, request_ids(prompts), Sampling(**sampling), contents, batch_size, shard_size, about_prompts
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -170,7 +169,7 @@ class Plan:
             "sampling": asdict(sampling),
             **asdict(self.header),
             "seed": sampling.seed,
-            **({"prompts": dict(self.about_prompts)} if self.about_prompts else {}),
+            **({"prompts": self.about_prompts} if self.about_prompts else {}),
             "prompts_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "clamping": _CLAMPING,
             "replayable": True,

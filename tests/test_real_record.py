@@ -154,14 +154,15 @@ def test_rows_that_are_not_read_stay_as_they_are(pair):
     torch.testing.assert_close(after[0], alone.read(tokens[:1, 1:], position[:1, :1] + 3)[0])
 
 
-def test_a_model_whose_first_weights_are_elsewhere_gets_its_inputs_where_its_embedding_is(pair):
-    class Spread(torch.nn.Module):
-        device, dtype, config = torch.device("meta"), torch.float32, pair.target.config
+def test_a_model_that_accelerate_spreads_out_is_recorded_alike(trace, tmp_path):
+    """Weights that stay elsewhere until they are used, as behind `device_map`: here they are kept aside on the CPU."""
+    from accelerate import cpu_offload
 
-        def get_input_embeddings(self):
-            return pair.target.get_input_embeddings()
-
-    assert Reader(Spread(), 1, 24).owner.device == torch.device("cpu")
+    spread = load_pair("tiny", "tiny")
+    for model in (spread.target, spread.draft):
+        cpu_offload(model, execution_device="cpu")
+        assert model.get_input_embeddings().weight.device.type == "meta"
+    is_the_same(trace, record(spread, make_prompts(24), tmp_path, **SETTINGS))
 
 
 def test_what_was_read_can_be_left_out_of_rollouts(pair, trace, tmp_path):
