@@ -106,7 +106,7 @@ def record_logits(
             "logits": {
                 "file": file.name, "sha256": file_digest(file), "kept": source.kept, "mass_left_out": tail or None,
             },
-            "vocab_size": source.vocab_size,
+            "vocab_size": source.vocab_size if source.kept is None else None,
             "end_token_ids": source.end_token_ids.tolist(),
             "draft_is_target_time": False,
             "seed": settings.seed,
