@@ -115,9 +115,7 @@ def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
     for role in ("target", "draft"):
         spec = (models.get(role) or {}).get("spec")
         if getattr(args, role) is None and not (isinstance(spec, str) and OURS.fullmatch(spec)):
-            raise ValueError(
-                f"--{role}: give it; {args.trace} names {spec!r:.60}, which is not read at its word"
-            )
+            raise ValueError(f"--{role}: give it; {args.trace} names {spec!r:.60}, which is not read at its word")
         specs.append(getattr(args, role) or spec)
     pair = load_pair(specs[0], specs[1], dtype=trace.manifest.get("dtype", "float32"))
     prompts = head_data.prompts_of(trace, load_prompts(args.prompts, pair))
