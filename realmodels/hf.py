@@ -294,7 +294,8 @@ def _watch() -> None:
     """From now on calls of any `generate` whose `assistant_model` has a rule attached are followed."""
     from transformers import GenerationMixin
 
-    own = GenerationMixin.generate
+    mixin: Any = GenerationMixin
+    own = mixin.generate
     signature = inspect.signature(own)
 
     @functools.wraps(own)
@@ -308,7 +309,7 @@ def _watch() -> None:
         return log._follow(lambda: own(self, *args, **kwargs))
 
     _watched.append(own)
-    GenerationMixin.generate = generate  # type: ignore[method-assign]
+    mixin.generate = generate
 
 
 def _unwatch() -> None:
@@ -376,7 +377,7 @@ def speculate(
     text = torch.cat([input_ids, torch.tensor([run.tokens], device=input_ids.device, dtype=input_ids.dtype)], 1)
     if not config.return_dict_in_generate:
         return text
-    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     return GenerateDecoderOnlyOutput(sequences=text)  # type: ignore[arg-type]
 
