@@ -12,7 +12,8 @@ own: greedy output is that of the target alone, sampled output has its law, sinc
 The *log* holds one `Decoded` for each call of the target's `generate`, as `realmodels.decode` gives them. A rule sees
 what it sees there (`realmodels.sight`), of the scores that transformers sampled from. How many candidates were accepted
 shows in the text: those it goes on with. The next round's input tells it, and behind the last round the result of the
-call; for that the block watches `GenerationMixin.generate`. One call at a time; both are put back by `detach`.
+call; for that the block watches `GenerationMixin.generate`. One call at a time; all is put back by `detach`. Nobody
+drafts for the last token at the maximum length: that round's time is counted with the one before.
 
 *One candidate at least.* Transformers verifies no empty round (except for the last token at the maximum length): a rule
 that wants none gets one, `log.num_forced` counts how often, and `fixed:0` is refused. So a rule's log equals that of
@@ -294,7 +295,8 @@ def _watch() -> None:
     """From now on calls of any `generate` whose `assistant_model` has a rule attached are followed."""
     from transformers import GenerationMixin
 
-    own = GenerationMixin.generate
+    mixin: Any = GenerationMixin
+    own = mixin.generate
     signature = inspect.signature(own)
 
     @functools.wraps(own)
@@ -308,7 +310,7 @@ def _watch() -> None:
         return log._follow(lambda: own(self, *args, **kwargs))
 
     _watched.append(own)
-    GenerationMixin.generate = generate  # type: ignore[method-assign]
+    mixin.generate = generate
 
 
 def _unwatch() -> None:
@@ -376,7 +378,7 @@ def speculate(
     text = torch.cat([input_ids, torch.tensor([run.tokens], device=input_ids.device, dtype=input_ids.dtype)], 1)
     if not config.return_dict_in_generate:
         return text
-    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     return GenerateDecoderOnlyOutput(sequences=text)  # type: ignore[arg-type]
 

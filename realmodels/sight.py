@@ -24,9 +24,9 @@ from mdp.policy import Observation, Outcome, Policy, PolicySpec
 
 __all__ = ["LIVE", "SCORED", "Head", "Sight"]
 
-LIVE = ("draft_prob", "top_prob", "entropy")
-SCORED = ("token_accept_prob", "step_accept_prob")
-TIMES = ("verify_time", "step_time")
+LIVE: tuple[str, ...] = ("draft_prob", "top_prob", "entropy")
+SCORED: tuple[str, ...] = ("token_accept_prob", "step_accept_prob")
+TIMES: tuple[str, ...] = ("verify_time", "step_time")
 
 
 class Head(Protocol):

@@ -143,6 +143,25 @@ def test_a_trace_of_other_settings_is_not_touched(out, monkeypatch, capsys):
     assert sorted(path.name for path in out.rglob("*")) == before
 
 
+def test_a_trace_of_before_top_p_was_a_setting_is_used_again(out, monkeypatch):
+    from types import SimpleNamespace
+
+    from mdp.trace import load
+    from specstop import demo
+
+    manifest = load(out / "trace").manifest
+    kept = {name: value for name, value in manifest["sampling"].items() if name != "top_p"}
+
+    def check(sampling):
+        monkeypatch.setattr(demo, "load", lambda folder: SimpleNamespace(manifest=manifest | {"sampling": sampling}))
+        demo._check_ready(demo.QUICK, out / "trace")
+
+    check(kept)
+    check(kept | {"top_p": 1.0})
+    with pytest.raises(ValueError, match="trace of other settings"):
+        check(kept | {"top_p": 0.9})
+
+
 def test_out_that_is_a_file_is_refused(tmp_path, capsys):
     (tmp_path / "out").write_text("mine")
     assert main(["demo", "--quick", "--out", str(tmp_path / "out")]) == 2
