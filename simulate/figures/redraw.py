@@ -2,11 +2,12 @@
 
 A new matplotlib figure takes a few tenths of a second, most of it for axes, ticks and layout. Here they are drawn
 once and kept as pixels; a new result moves the curves' points and draws these alone over the kept pixels. Only where
-an axis must change its range is the rest drawn again. What is drawn depends on the last result alone, not on those
-before it: the same result gives the same bytes. As in `simulate.figures` nothing is computed on the way.
+an axis takes a range it has not had lately is the rest of its panel drawn again. What is drawn depends on the last
+result alone: the same result gives the same bytes. As in `simulate.figures` nothing is computed on the way.
 """
 
 import io
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,6 +29,7 @@ SIZE, DPI = (11.0, 3.9), 100
 MARGINS = {"left": 0.055, "right": 0.985, "top": 0.92, "bottom": 0.27, "wspace": 0.23}
 """Set by hand: a layout engine draws everything several times, and moves the panels when a tick label grows."""
 LEGEND = {"loc": "upper center", "ncols": 2, "bbox_to_anchor": (0.45, -0.17), "columnspacing": 1.0, "fontsize": 8.0}
+MOST_KEPT = 32  # ranges a panel keeps pixels of, some .6 MB each
 STOP = 1.1  # where "stop at every survival" stands on the axis of thresholds
 _Ends = tuple[tuple[float, float], float]
 STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 15.0, 20.0, 30.0, 50.0)
@@ -87,10 +89,10 @@ class OverviewPicture:
     def draw(self, result: Overview) -> bytes:
         """The picture as PNG."""
         self._move(result)
-        for panel, ends in zip(self._panels, _ends(result), strict=True):
-            panel.keep(self._canvas, ends)
-        for panel in self._panels:
-            self._canvas.restore_region(panel.kept)
+        panels = zip(self._panels, _ends(result), strict=True)
+        kept = [panel.pixels(self._canvas, ends) for panel, ends in panels]
+        for pixels in kept:
+            self._canvas.restore_region(pixels)
         for axes, artist in self._moving:
             axes.draw_artist(artist)
         png = io.BytesIO()
@@ -121,25 +123,28 @@ class OverviewPicture:
 
 
 class _Panel:
-    """One third of the figure: what does not move in it, kept as pixels until an axis changes its range."""
+    """One third of the figure: what does not move in it, kept as pixels for each range that its axes have had."""
 
     def __init__(self, number: int, axes: Axes) -> None:
-        self.axes, self.kept, self.num_full = axes, None, 0
+        self.axes, self.num_full = axes, 0
         whole = axes.figure.bbox
         self._third = Bbox.from_bounds(number * whole.width / 3, 0, whole.width / 3, whole.height)
-        self._ends: _Ends | None = None
+        self._kept: dict[_Ends, Any] = {}
 
-    def keep(self, canvas: FigureCanvasAgg, ends: _Ends) -> None:
-        if ends == self._ends:
-            return
+    def pixels(self, canvas: FigureCanvasAgg, ends: _Ends) -> Any:
+        """What does not move, the axes set to this range; drawing it uses the canvas."""
         (left, right), top = ends
         self.axes.set(xlim=(left, right), ylim=(0.0, top))
-        with matplotlib.rc_context(dict(STYLE)):
-            renderer = canvas.get_renderer()
-            self.axes.figure.patch.draw(renderer)
-            self.axes.draw(renderer)
-        self.kept = canvas.copy_from_bbox(self._third)
-        self._ends, self.num_full = ends, self.num_full + 1
+        if ends not in self._kept:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            with matplotlib.rc_context(dict(STYLE)):
+                renderer = canvas.get_renderer()
+                self.axes.figure.patch.draw(renderer)
+                self.axes.draw(renderer)
+            self._kept[ends] = canvas.copy_from_bbox(self._third)
+            self.num_full += 1
+        return self._kept[ends]
 
 
 def _ends(result: Overview) -> tuple[_Ends, _Ends, _Ends]:
