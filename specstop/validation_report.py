@@ -264,7 +264,8 @@ def _question_table(question: Mapping[str, Any]) -> str:
 def _caveats(result: Mapping[str, Any]) -> str:
     points = [
         "A prediction is of a fitted process. Its interval says how sure the fit is, not how right the process is.",
-        "Five policies and four rates are twenty comparisons: one |z| above 2 among them is expected.",
+        f"{len(result['policies'])} policies in four rates are {4 * len(result['policies'])} comparisons, and rules "
+        "that are much alike err alike: a |z| above 2 now and then is expected.",
         "Live wall-clock speeds are of one request at a time on this machine, reading the prompt included.",
     ]
     if result["pair"]["num_held_out"] < 30:
