@@ -15,7 +15,7 @@ from specstop.cli import build_parser, main, spread_policies
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 VERBS = (
     "solve", "evaluate", "simulate", "sweep", "check", "study", "record", "replay", "audit", "import", "validate",
-    "decode", "demo", "schema", "policies",
+    "decode", "demo", "figures", "schema", "policies",
 )  # fmt: skip
 
 

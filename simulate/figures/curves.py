@@ -110,7 +110,7 @@ def throughput_by_length(data: Mapping[str, Any]) -> Figure:
         _titled(axes, data, panel)
         axes.set_xlabel("candidates drafted each round, K")
         axes.set_ylabel("speedup")
-        axes.set_ylim(0.5, 2.2)
+        axes.set_ylim(0.3, 2.2)
         axes.set_xticks(range(0, 15, 2))
         axes.set_xlim(-0.5, 14.7)
         axes.legend(fontsize=7.5, loc="lower left")
