@@ -70,7 +70,8 @@ def _key(figure: Figure, names: Mapping[str, str], fitted: bool) -> None:
 def speedups(data: Mapping[str, Any]) -> Figure:
     """Systems on the paper's datasets, on the recorded pair, and in wall time."""
     figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.0, 1.15])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.0, 1.15])
+    top, bottom = halves
     for axes, panel in zip(top.subplots(1, 3, sharey=True), DATASETS, strict=True):
         systems = ["no speculation", "best fixed K", "SpecDec++", "optimum, same head", "oracle"]
         _grouped(axes, pick(data, panel=panel), systems, "speedup", 2)
@@ -129,7 +130,8 @@ def time_decomposition(data: Mapping[str, Any]) -> Figure:
              ("discarded", "draft steps, discarded", ORANGE, "///"),
              ("rest", "the loop itself", GREY, "xxx"))  # fmt: skip
     figure = Figure(figsize=(WIDTH, 5.2), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    top, bottom = halves
     axes_of = dict(zip(DATASETS, top.subplots(1, 3, sharex=True), strict=True))
     axes_of |= dict(zip((PAIR, "wall clock"), bottom.subplots(1, 2), strict=True))
     for panel, axes in axes_of.items():

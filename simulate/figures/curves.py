@@ -110,7 +110,7 @@ def throughput_by_length(data: Mapping[str, Any]) -> Figure:
         _titled(axes, data, panel)
         axes.set_xlabel("candidates drafted each round, K")
         axes.set_ylabel("speedup")
-        axes.set_ylim(0.5, 2.2)
+        axes.set_ylim(0.3, 2.2)
         axes.set_xticks(range(0, 15, 2))
         axes.set_xlim(-0.5, 14.7)
         axes.legend(fontsize=7.5, loc="lower left")
@@ -208,7 +208,10 @@ def heads(data: Mapping[str, Any]) -> Figure:
             axes.set_xticks(sorted(set(depth.tolist())))
     for axes in grid[-1]:
         axes.set_xlabel("depth D of the head, blocks")
-    grid[0, 0].legend(fontsize=7, ncols=2)
+    for axes in grid[:, 1]:
+        axes.set_ylim(0.5, max(0.75, axes.get_ylim()[1]))  # from chance on: what is noise looks like noise
+    names = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(names.values(), names.keys(), loc="outside upper right", ncols=len(names), fontsize=7.5)
     return finish(figure, data, "Whiskers: one standard error.")
 
 

@@ -92,7 +92,7 @@ def phase(data: Mapping[str, Any]) -> Figure:
     dispersion, persistence, ratio = (column(entry, name) for name in ("dispersion", "persistence", "cost_ratio"))
     rows, cols, ratios = (np.unique(values) for values in (dispersion, persistence, ratio))
     figure = Figure(figsize=(WIDTH, 5.0), layout="constrained")
-    halves = figure.subfigures(2, 1)
+    halves: Any = figure.subfigures(2, 1)
     for line, key, title in ((0, "gain", "Gain of the optimum over the best fixed K, %"),
                              (1, "lost", "Loss of the best constant threshold against the optimum, %")):  # fmt: skip
         value = 100 * column(entry, key)

@@ -22,7 +22,7 @@ def draw(data: Mapping[str, Any]) -> Figure:
     Raises:
         ValueError: if no figure has this name.
     """
-    name = data.get("name")
+    name = str(data.get("name"))
     if name not in DRAWINGS:
         raise ValueError(f"name: must be one of {', '.join(DRAWINGS)}, got {name!r:.60}")
     return DRAWINGS[name](data)

@@ -19,7 +19,7 @@ import numpy as np
 from mdp.fit import PERFECT, fit_signal, position_signal, split_requests
 from mdp.head_rule import HeadRule, weighted
 from specstop.figures.published import Fitted
-from specstop.figures.recipe import Data, Recipe, Unavailable, series
+from specstop.figures.recipe import Data, Recipe, Unavailable, pluck, series
 from specstop.figures.store import Store
 from specstop.outcome import COST_RATIO
 from specstop.paper import RULE
@@ -101,12 +101,12 @@ def _heads(store: Store) -> Data:
         for weight in sorted({row["weight"] for row in rows if row["variant"] == variant}):
             own = sorted((r for r in rows if (r["variant"], r["weight"]) == (variant, weight)), key=_depth)
             out.append(series(f"w = {weight:g}", "replayed", panel=variant, depth=[row["depth"] for row in own],
-                              **{key: [row.get(key) for row in own] for key in measures}))  # fmt: skip
+                              **pluck(own, *measures)))  # fmt: skip
     for name, key in (("constant", "constant_kl"), ("best fixed K", "best_fixed")):
         value = _number(grid.get(key))
         if value is not None:
             column = "kl" if key == "constant_kl" else "throughput"
-            out.append(series(name, "replayed", panel="all", **{column: [value]}))
+            out.append(series(name, "replayed", panel="all", **pluck([{column: value}], column)))
     return {"series": out, "about": {"pair": store.get("replayed")["pair"], "declared": COST_RATIO}}
 
 
@@ -170,8 +170,7 @@ def _head_bins(store: Store) -> Iterator[Data]:
         if lines:
             variant, depth, weight, debiased = head
             name = f"head {variant}, D = {depth}, w = {weight:g}{', de-biased' if debiased and weight != 1 else ''}"
-            columns = {key: [line[key] for line in lines] for key in ("predicted", "accepted", "count")}
-            yield series(name, "replayed", panel="bins", **columns)
+            yield series(name, "replayed", panel="bins", **pluck(lines, "predicted", "accepted", "count"))
 
 
 def _reliability_caption(data: Data) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from mdp.calibrate import rule_curve
 from mdp.head_rule import HeadRule
 from specstop.figures.pair import PAIR, live_speedups, predicted_systems, replayed_row, systems, wall_speedups
-from specstop.figures.recipe import Data, Recipe, published, series
+from specstop.figures.recipe import Data, Recipe, pluck, published, series
 from specstop.figures.sources import GRID, SIGNALS
 from specstop.figures.store import Store
 from specstop.outcome import COST_RATIO
@@ -37,7 +37,9 @@ class Fitted:
 
     def curve(self, name: str, rule: HeadRule, thresholds: np.ndarray = THRESHOLDS, cells: int = 2048):
         """A rule on what the head sees, at many thresholds, times in target calls."""
-        return rule_curve("beta", self.mean[name], self.number, self.cost_ratio, rule, MOST, thresholds, cells=cells)
+        return rule_curve(
+            "beta", self.mean[name], self.number, self.cost_ratio, rule, MOST, thresholds.tolist(), cells=cells
+        )
 
 
 def _read(name: str, panel: str, rows: list[tuple[str, Figure]], key: str, value: str) -> Iterator[Data]:
@@ -81,7 +83,7 @@ def _speedups(store: Store) -> Data:
     named = systems(replayed["chosen"])
     rows = [replayed_row(replayed["policies"][policy]) for policy in named.values()]
     out.append(series("replayed", "replayed", panel=PAIR, system=list(named), policy=list(named.values()),
-                      **{key: [row[key] for row in rows] for key in ("speedup", "low", "high")}))  # fmt: skip
+                      **pluck(rows, "speedup", "low", "high")))  # fmt: skip
     out += live_speedups(store, PAIR)
     out += wall_speedups(store, "wall clock")
     about = {"cost_ratio": fit.cost_ratio, "declared": COST_RATIO, "pair": replayed["pair"], "level": replayed["level"],
@@ -153,9 +155,8 @@ def _pair_frontiers(store: Store) -> Iterator[Data]:
 
 
 def _replayed_rates(name: str, rows: list[Data], **columns) -> Data:
-    return series(name, "replayed", panel=PAIR, **columns, **{
-        key: [row[key] for row in rows] for key in ("policy", "verification_rate", "discard_rate", "speedup")
-    })  # fmt: skip
+    return series(name, "replayed", panel=PAIR, **columns,
+                  **pluck(rows, "policy", "verification_rate", "discard_rate", "speedup"))  # fmt: skip
 
 
 def _frontiers_caption(data: Data) -> str:
@@ -193,7 +194,7 @@ def _by_length(store: Store) -> Data:
     lengths = range(replayed["pair"]["max_candidates"] + 1)
     rows = [replayed_row(replayed["policies"][f"fixed:{k}"]) for k in lengths]
     out.append(series("replayed", "replayed", panel=PAIR, K=lengths,
-                      **{key: [row[key] for row in rows] for key in ("speedup", "low", "high")}))  # fmt: skip
+                      **pluck(rows, "speedup", "low", "high")))  # fmt: skip
     return {"series": out, "about": {"cost_ratio": c, "declared": COST_RATIO, "lengths": FIXED_LENGTHS,
                                      "pair": replayed["pair"], "level": replayed["level"],
                                      "num_requests": replayed["num_requests"]}}  # fmt: skip
@@ -233,7 +234,7 @@ def _by_threshold(store: Store) -> Data:
     for signal in SIGNALS:
         rows = [replayed_row(replayed["policies"][f"rejection:{h},signal={signal}"]) for h in GRID]
         out.append(series(signal, "replayed", panel=PAIR, h=[float(h) for h in GRID],
-                          **{key: [row[key] for row in rows] for key in ("speedup", "low", "high")}))  # fmt: skip
+                          **pluck(rows, "speedup", "low", "high")))  # fmt: skip
         curve = modelled["signals"][signal]
         out.append(series(signal, "predicted", panel=PAIR, h=curve["h"], speedup=curve["speedup"]))
     base = replayed_row(replayed["policies"][replayed["baseline"]])

@@ -1,6 +1,6 @@
 """What a figure is made of: series with an origin, and a recipe that computes them and says what they show."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specstop.output import jsonable
@@ -8,7 +8,7 @@ from specstop.output import jsonable
 if TYPE_CHECKING:
     from specstop.figures.store import Store
 
-__all__ = ["ORIGINS", "Data", "Recipe", "Unavailable", "origins", "published", "series"]
+__all__ = ["ORIGINS", "Data", "Recipe", "Unavailable", "origins", "pluck", "published", "series"]
 
 ORIGINS = {
     "published": "read in the paper, its repository or a note that quotes it",
@@ -29,7 +29,7 @@ class Unavailable(Exception):
 
 def series(
     name: str, origin: str, /, *, panel: str = "", tag: str | None = None, source: str | None = None,
-    **columns: Sequence[Any],
+    **columns: Any,
 ) -> Data:  # fmt: skip
     """One series: columns of equal length, and where its numbers come from.
 
@@ -39,6 +39,7 @@ def series(
         panel: the part of the figure it belongs to.
         tag: evidence of what was published or derived (`specstop.paper`).
         source: where that was read, or how the numbers came about.
+        columns: lists or arrays.
 
     Raises:
         ValueError: if the origin is unknown, a published or derived series has no tag, or lengths differ.
@@ -55,6 +56,12 @@ def series(
     if len({len(value) for value in values.values()}) != 1:
         raise ValueError(f"series {name!r}: columns must have one length")
     return {"name": name, "panel": panel, "origin": origin, "tag": tag, "source": source, "columns": values}
+
+
+def pluck(rows: Iterable[Mapping[str, Any]], *names: str) -> Data:
+    """Rows as columns; what a row lacks is null."""
+    rows = list(rows)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def published(tag: str) -> str:

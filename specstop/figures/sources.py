@@ -102,8 +102,8 @@ def _about(trace: Any) -> Data:
     models, sampling = trace.manifest.get("models") or {}, trace.manifest.get("sampling") or {}
     names = {role: (models.get(role) or {}).get("name") for role in ("target", "draft")}
     known = {(QUICK.target, QUICK.draft): "tiny random pair", (FULL.target, FULL.draft): "SmolLM2-135M, 4-bit draft"}
-    specs = tuple((models.get(role) or {}).get("spec") for role in ("target", "draft"))
-    label = known.get(specs, f"{names['target']} drafted by {names['draft']}")
+    target, draft = (str((models.get(role) or {}).get("spec")) for role in ("target", "draft"))
+    label = known.get((target, draft), f"{names['target']} drafted by {names['draft']}")
     return {**names, "label": label, "num_requests": trace.num_requests, "num_positions": trace.num_positions,
             "sampling": sampling, "max_candidates": trace.max_candidates, "cost_ratio": COST_RATIO}  # fmt: skip
 
@@ -171,9 +171,10 @@ def _live(store: Store) -> Data:
     requests = test[: LIVE_REQUESTS[store.quick]]
     model = fit_signal(trace, LIVE_SIGNAL, train)
     rules = _live_rules(store.get("replayed")["chosen"], model, trace.max_candidates)
-    sampling = dict(trace.manifest["sampling"])
+    sampling: Data = dict(trace.manifest["sampling"])
     rows: list[Data] = []
-    decode(pair, prompts[0], "fixed:2", **sampling | {"max_new_tokens": 4})  # first calls pay for set-up
+    first: Data = sampling | {"max_new_tokens": 4}
+    decode(pair, prompts[0], "fixed:2", **first)  # first calls pay for set-up
     for request in requests.tolist():
         for spec in rules:
             reader = model if spec.signal else None

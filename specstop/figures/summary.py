@@ -5,7 +5,7 @@ from typing import Any
 
 from mdp.policy import parse
 from specstop.figures.pair import PAIR, live_speedups, predicted_systems, replayed_row, systems
-from specstop.figures.recipe import Data, Recipe, published, series
+from specstop.figures.recipe import Data, Recipe, pluck, published, series
 from specstop.figures.store import Store
 from specstop.outcome import COST_RATIO
 from specstop.paper import DATASETS, ORACLE, Figure
@@ -52,7 +52,7 @@ def _cells(store: Store) -> Iterator[Data]:
     gain = DATASETS[FIRST].specdec.value / DATASETS[FIRST].best_fixed.value - 1.0
     yield _cell("gain over best fixed K", FIRST, "predicted", "predicted", gain, None, fitted=True)
     for row in prediction["predicted"]:
-        quantity = SHORT.get(row["quantity"], row["quantity"])
+        quantity = SHORT.get(str(row["quantity"]), str(row["quantity"]))
         if row["published"] is not None:
             yield _cell(quantity, row["dataset"], "published", published(row["tag"]), row["published"], None,
                         tag=row["tag"], source=row["source"])  # fmt: skip
@@ -127,7 +127,7 @@ def _table(store: Store) -> Data:
         own = [cell for cell in cells if (cell["origin"], cell["tag"], cell["source"]) == (origin, tag, source)]
         keys = [key for key in own[0] if key not in ("origin", "tag", "source")]
         out.append(series(origin if source is None else source, origin, tag=tag, source=source,
-                          **{key: [cell[key] for cell in own] for key in keys}))  # fmt: skip
+                          **pluck(own, *keys)))  # fmt: skip
     replayed = store.get("replayed")
     return {"series": out, "about": {"pair": replayed["pair"], "declared": COST_RATIO, "level": replayed["level"],
                                      "missed": store.get("prediction")["missed"], "order": ORDER,

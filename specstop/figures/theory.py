@@ -119,7 +119,7 @@ def _phase(store: Store) -> Data:
         return [float(values[point]) for point in points]
 
     names = ("dispersion", "persistence", "cost_ratio")
-    columns = {name: [axes[i][point[i]] for point in points] for i, name in enumerate(names)}
+    columns: Data = {name: [axes[i][point[i]] for point in points] for i, name in enumerate(names)}
     lost = 1.0 - np.array(cells("best_threshold")) / np.array(cells("optimum"))
     return {
         "series": [series("two regimes", "predicted", **columns, gain=cells("gain_of_optimum"), lost=lost,
