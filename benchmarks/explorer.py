@@ -3,10 +3,10 @@ r"""How long the explorer takes to follow a slider: goal 200 ms a redraw after t
     python benchmarks/explorer.py [--quick] [--json] [--only compute|draw|redraw]
 
 *compute*: `mdp.overview` at random settings, each once (nothing is remembered between them), against `mdp.solve` alone
-on the same problems, which compiles where the form of the policy is not known beforehand. *draw*: in
-place (`simulate.figures.redraw`) against a new figure each time. *redraw*: what a slider's move costs in the kernel, both and the PNG, the whole
-widget included; the first one, imports of matplotlib and fonts apart, by itself. `worst` is over all moves; `ratio` is
-peer_s / ours_s, or the goal over ours.
+on the same problems, which compiles where the form of the policy is not known beforehand. *draw*: in place
+(`simulate.figures.redraw`) against a new figure each time. *redraw*: what a slider's move costs in the kernel, both and
+the PNG, the whole widget included; the first one, imports of matplotlib and fonts apart, by itself. `worst` is over all
+moves; `ratio` is peer_s / ours_s, or the goal over ours.
 """
 
 import sys

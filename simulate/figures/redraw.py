@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from mdp.overview import Overview
-from simulate.figures import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
+from simulate.figures.style import BLACK, BLUE, GREEN, GREY, ORANGE, STYLE
 
 __all__ = ["OverviewPicture"]
 
