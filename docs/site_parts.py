@@ -87,7 +87,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 def schema_table() -> str:
     from mdp.problem import schema
-    from specstop.output import schema_rows
+    from specstop.schema import schema_rows
 
     known, parts = schema(), []
     for part in known["keys"]:

@@ -6,13 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = [
-    "emit", "json_line", "jsonable", "key_values", "policy_table", "schema_rows", "schema_text", "solution_text",
-    "table",
-]  # fmt: skip
-
-LARGE = 2.0**40
-"""A limit from here on means that there is none in practice."""
+__all__ = ["emit", "json_line", "jsonable", "key_values", "policy_table", "solution_text", "table"]
 
 SAME = 1e-4
 """Percent of the throughput that `solve`, at its usual tolerance, does not tell apart."""
@@ -107,45 +101,6 @@ def solution_text(path: str, result: Mapping[str, Any], advice: str, fixed: tupl
     some = f" ({len(shown)} of {columns} regimes; --json gives all)" if len(shown) < columns else ""
     thresholds = f"draft candidate k + 1 iff survival >= threshold{some}:\n" + table(rows)
     return f"{head}\n\n{thresholds}" + ("\n" if len(rows) > 1 else "")
-
-
-def schema_rows(known: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each key of `mdp.problem.schema`; for a kind without keys one that says so."""
-    rows = []
-    for part, kinds in known["keys"].items():
-        for kind, keys in kinds.items():
-            about = {"part": part, "kind": kind}
-            rows += [about | {"key": key, **_key_cells(holds)} for key, holds in keys.items()] or [about]
-    return rows
-
-
-def _key_cells(holds: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "holds": holds["shape"] + (", rows sum to 1" if holds["rows"] else ""),
-        "unit": holds["unit"] or "-",
-        "range": _range(holds["low"], holds["high"]),
-        "default": "none" if holds["required"] else f"{holds['default']:g}",
-        "what": holds["does"],
-    }
-
-
-def _range(low: float, high: float) -> str:
-    # limits that are there for the arithmetic's sake are no news to a reader
-    if high >= LARGE:
-        return ">= 0" if low == 0 else f">= {low:g}" if low >= 1 else "> 0"
-    return f"{low:g}..{high:g}"
-
-
-def schema_text(known: Mapping[str, Any]) -> str:
-    """What a problem file may hold, for people."""
-    low, high = known["max_candidates"]
-    most = ", ".join(f"{axis} at most {size}" for axis, size in known["most"].items())
-    return (
-        f"{table(schema_rows(known), ['part', 'kind', 'key', 'holds', 'unit', 'range', 'default', 'what'])}\n\n"
-        f"K: max_candidates; Z regimes, O symbols, n tokens: as many as the lists say; {most}\n"
-        "time: any unit, the same throughout the file; throughput is in tokens per that unit\n"
-        f"max_candidates: a whole number in {low}..{high}; coupling: renewal if left out"
-    )
 
 
 def policy_table(rows: Sequence[Mapping[str, Any]]) -> str:

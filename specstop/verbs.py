@@ -366,7 +366,7 @@ def study(args: Namespace) -> int:
 def schema(args: Namespace) -> int:
     """Every kind and key of the problem file, with shapes, units, ranges and defaults."""
     from mdp.problem import schema
-    from specstop.output import schema_text
+    from specstop.schema import schema_text
 
     known = schema()
     if args.json:
