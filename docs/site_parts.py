@@ -333,11 +333,18 @@ def _formulas(text: str) -> Iterator[str]:
 
     text = re.sub(r"^([ ]*)\$\$(.+?)\$\$\.?$", block, text, flags=re.M | re.S)
     text = re.sub(r"(?<!\\)\$([^$]+?)\$", lambda m: rf":math:`{' '.join(m[1].split())}`\ ", text)
-    text = re.sub(r"(?<![\w|`])\|(\w+)\|", r"\\|\1\\|", text)  # the absolute value
     text = re.sub(r"(?:^[ ]*\|.*\|\n)+", _list_table, text, flags=re.M)
+    text = re.sub(r"(?<![\w|`])\|([^|`\n]+)\|(?![\w|`])", r"\\|\1\\|", text)  # the absolute value
     text = re.sub(r"`([^`\n]+)`(?=[a-zA-Z])", r"`\1`\\ ", text)  # `Thing`s
-    text = re.sub(r"^( *)(\S.*[^:\s]):\n\n(?=\1    \S)", r"\1\2::\n\n", text, flags=re.M)  # an indented example
+    text = re.sub(r"^( *)(\S.*?):{0,2}\n\n(?=\1    \S)", _indented, text, flags=re.M)
     yield from text.split("\n")
+
+
+def _indented(found: re.Match[str]) -> str:
+    """What is indented behind a paragraph is an example, as it stands."""
+    if found[0].rstrip().endswith(":"):
+        return f"{found[1]}{found[2]}::\n\n"
+    return f"{found[1]}{found[2]}\n\n{found[1]}::\n\n"
 
 
 def _list_table(found: re.Match[str]) -> str:
