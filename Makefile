@@ -44,6 +44,7 @@ notebooks: .venv/.all
 	.venv/bin/python -m pytest --nbmake $(SPREAD) notebooks/*.ipynb
 
 docs: .venv/.all
+	rm -rf docs/_build
 	.venv/bin/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 	SPECSTOP_SITE=docs/_build/html .venv/bin/python -m pytest -q -m slow tests/test_repo_site.py
 

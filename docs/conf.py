@@ -35,6 +35,9 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are run by their own tests; here they are shown as stored
 nb_merge_streams = True
+# Sliders need a kernel: shown is the picture that was stored beside them, and no script is loaded for them.
+nb_mime_priority_overrides = [("html", "application/vnd.jupyter.widget-view+json", None)]
+nb_ipywidgets_js = {}
 
 default_role = "py:obj"  # `mdp.solve` in a docstring is a link where it names something
 autodoc_member_order = "bysource"
