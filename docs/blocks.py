@@ -13,8 +13,8 @@ from typing import NamedTuple
 __all__ = ["Block", "Command", "blocks", "commands"]
 
 FENCE = re.compile(r"(?:^`(?P<file>[\w./-]+)`:\n\n)?^```(?P<language>\{?[\w-]+\}?)\n(?P<text>.*?)^```$", re.M | re.S)
-LONG = ("record", "demo", "figures", "decode", "train-head", "study")
-"""Verbs that load models or take minutes, unless the pair is the tiny one or `--quick` is asked for."""
+LONG = ("merge", "record", "demo", "figures", "decode", "train-head", "study")
+"""Verbs that load models or take minutes, unless the pair or the trace is a tiny one; `validate` does with `--out`."""
 
 
 class Block(NamedTuple):
@@ -47,5 +47,6 @@ def commands(text: str) -> Iterator[Command]:
         if line.startswith("specstop "):
             command, _, target = line.partition(" #")[0].partition(" > ")
             argv = shlex.split(command)[1:]
-            tiny = "--quick" in argv if argv[0] in ("figures", "study") else "tiny" in argv
-            yield Command(line, argv, target.strip() or None, argv[0] in LONG and not tiny)
+            tiny = "--quick" in argv if argv[0] == "study" else any(word.startswith("tiny") for word in argv)
+            slow = argv[0] in LONG or (argv[0] == "validate" and "--out" in argv)
+            yield Command(line, argv, target.strip() or None, slow and not tiny)
