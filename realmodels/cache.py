@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 __all__ = ["GrowingLayer", "growing_cache"]
 
 ROOM = 64
-"""Columns by which a full buffer grows at least; beyond that by a quarter."""
+"""Columns by which a full buffer grows: copied once in so many tokens, and no more than that is held in vain."""
 
 
 class GrowingLayer(DynamicLayer):
@@ -36,7 +36,7 @@ class GrowingLayer(DynamicLayer):
         if last > self.buffers[0].shape[2]:
             self.keys = self.values = None  # else they would hold on to the old buffers
             for index in range(2):
-                self.buffers[index] = _grown(self.buffers[index], first, max(last + ROOM, last * 5 // 4))
+                self.buffers[index] = _grown(self.buffers[index], first, last + ROOM)
         for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[self.rows, :, first:last] = states
         self.keys, self.values = (buffer[:, :, :last] for buffer in self.buffers)

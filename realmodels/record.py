@@ -125,7 +125,7 @@ class Plan:
         header: Header,
         prompts: Sequence[Sequence[int]],
         *,
-        batch_size: int = 32,
+        batch_size: int = 16,
         shard_size: int = 64,
         store_top: int = 64,
         store_tokens: bool = True,

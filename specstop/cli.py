@@ -259,7 +259,7 @@ def build_parser() -> Parser:
         help="record every N-th block of requests from the I-th on: into one folder, or one each for `merge`",
     )  # fmt: skip
     record.add_argument("--shard-size", type=whole_number(1, 10**6), default=64, help="requests a block (default 64)")
-    record.add_argument("--batch-size", type=whole_number(1, 10**5), default=32, help="side by side (default 32)")
+    record.add_argument("--batch-size", type=whole_number(1, 10**5), default=16, help="side by side (default 16)")
     record.add_argument("--workers", type=whole_number(0, 1024), default=0, help="processes (default 0: this one)")
     record.add_argument("--scheduler", metavar="ADDRESS", help="a Dask scheduler, as tcp://host:8786")
     record.add_argument(
