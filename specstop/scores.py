@@ -15,6 +15,7 @@ from simulate.on_processes import Processes
 
 __all__ = ["process_entries", "training_scores"]
 
+CLEAR = 2.0  # standard errors
 ALIKE = 1e-12  # Beta's flags are iid's: rounding is no evidence
 
 
@@ -58,8 +59,8 @@ def process_entries(
 def training_scores(trace: Trace, train: Int[np.ndarray, " R"], num_regimes: int) -> tuple[dict[str, float], list[str]]:
     """Score of each process that sees nothing on training requests left out of its fit, and the order of preference.
 
-    First stands the simplest that is not worse than the best by more than one standard error of the paired difference
-    (the one-standard-error rule of Breiman et al. 1984); the others follow by score.
+    First stands the simplest that is not clearly worse than the best, by more than two standard errors of the paired
+    difference: more parameters that gain no more than chance only widen what is predicted. The others follow by score.
     """
     ways = {"iid": fit_iid, "position": fit_position,
             "markov_modulated": lambda trace, requests: fit_hidden(trace, requests, num_regimes)}  # fmt: skip
@@ -72,7 +73,7 @@ def training_scores(trace: Trace, train: Int[np.ndarray, " R"], num_regimes: int
     values = {name: ratio(*score).value for name, score in scores.items()}
     best = scores[max(values, key=lambda name: values[name])]
     behind = {name: _difference(best, score) for name, score in scores.items()}
-    first = next(name for name, lost in behind.items() if not lost.value > lost.se)
+    first = next(name for name, lost in behind.items() if not lost.value > CLEAR * lost.se)
     return values, [first, *sorted((name for name in values if name != first), key=lambda name: -values[name])]
 
 

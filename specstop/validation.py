@@ -5,7 +5,7 @@ it. The other half judges: it scores the processes (`mdp.likelihood`), and every
 on its prompts.
 
 * *Predicted*: exact on the fitted process that can express the policy (`simulate.on_processes`); for a rule that sees
-  nothing, the simplest whose score on training requests left out of its fit is within one standard error of the best.
+  nothing, the simplest whose score on training requests left out of its fit is within two standard errors of the best.
 * *Replayed*: the recorded trace, exactly, no model call (`simulate.replay`).
 * *Live*: `realmodels.decode` on the same prompts with draws of its own. Throughput is under the same times as the
   replay's (counts times times), so that the two differ by counts alone; what the clock said stands beside it.

@@ -43,7 +43,7 @@ def _why_predicted(predicted: Mapping[str, Any], replayed: Mapping[str, Any], of
              f"{process:+.1f} what the process leaves out"]  # fmt: skip
     if "end_prob" in ended:
         how = f"(the same process simulated with a chance of {ended['end_prob']:.3f} a token)"
-        parts.insert(0, f"{ends:+.1f} points are the ends of texts {how}")
+        parts.insert(0, f"{ends:+.1f} points are that texts start and end {how}")
     chance = ""
     if z is not None:
         sure = "no more than chance gives." if abs(z) <= NOTABLE else "more than chance gives; the process is not all."

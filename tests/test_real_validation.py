@@ -110,7 +110,10 @@ def test_differences_are_taken_apart():
     entry = {"predicted": {"throughput": 1.1, "with_ends": ended}, "replayed": replayed, "z": same,
              "z_predicted_replayed": 4.0}  # fmt: skip
     (text,) = explain(entry)
-    assert all(part in text for part in ("+10.0 %", "+2.0 points are the ends", "+3.0 the two halves", "+5.0 what the"))
+    assert all(
+        part in text
+        for part in ("+10.0 %", "+2.0 points are that texts start and end", "+3.0 the two halves", "+5.0 what the")
+    )
     assert "more than chance" in text
     live = {"discard_rate": 0.4} | dict.fromkeys(RATES, 0.4)
     far = entry | {"z": same | {"discard_rate": -3.5}, "replayed": replayed | live, "live": live}
