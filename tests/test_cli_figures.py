@@ -71,17 +71,20 @@ def check_figure(out, name):
 
 
 def digest(data):
-    """Length, first, last and mean of every numeric column of what does not depend on the clock."""
-    found = {}
-    for number, entry in enumerate(data["series"]):
-        if entry["origin"] == "measured" or entry["panel"] in ("wall clock", "times"):
+    """Length, first, last and mean of every numeric column of what depends neither on the clock nor on training."""
+    found, number = {}, 0
+    for entry in data["series"]:
+        timed = entry["origin"] == "measured" or entry["panel"] in ("wall clock", "times")
+        if timed or entry["name"].startswith("head "):
             continue
+        before = len(found)
         for key, values in entry["columns"].items():
             numbers = [x for x in values if isinstance(x, (int, float)) and not isinstance(x, bool)]
             if numbers:
                 name = f"{number} {entry['panel']} {entry['name']}: {key}"
                 shown = [len(numbers), numbers[0], numbers[-1], float(np.mean(numbers))]
                 found[name] = [float(f"{x:.7g}") for x in shown]
+        number += len(found) > before
     return found
 
 

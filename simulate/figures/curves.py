@@ -211,7 +211,7 @@ def heads(data: Mapping[str, Any]) -> Figure:
     for axes in grid[:, 1]:
         axes.set_ylim(0.5, max(0.75, axes.get_ylim()[1]))  # from chance on: what is noise looks like noise
     names = {text: handle for axes in grid[0] for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(names.values(), names.keys(), loc="outside upper right", ncols=len(names), fontsize=7.5)
+    grid[0, 1].legend(names.values(), names.keys(), loc="upper left", ncols=2, fontsize=7.5)
     return finish(figure, data, "Whiskers: one standard error.")
 
 

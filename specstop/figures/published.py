@@ -100,7 +100,8 @@ def _speedups_caption(data: Data) -> str:
         f"figures leaves open. **{about['pair']['label']}** (bottom): predicted from the training half of the trace, "
         f"replayed on {about['num_requests']} other requests and decoded live on some of them, all with a draft step "
         f"*declared* to take {about['declared']:g} target calls; on the right the wall clock, where this draft takes "
-        f"the target's own time. Whiskers: {100 * about['level']:g} % intervals clustered by request. `perfect head` "
+        "the target's own time: replayed at the times recorded with the trace, live with whatever else the machine was "
+        f"doing. Whiskers: {100 * about['level']:g} % intervals clustered by request. `perfect head` "
         "sees true acceptance and `oracle` the future: ceilings, not rules."
     )
 
