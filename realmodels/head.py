@@ -37,7 +37,7 @@ from mdp.trace import Trace
 from realmodels.pair import check_same_models
 
 __all__ = [
-    "FEATURES", "LAGS", "VARIANTS", "AcceptanceHead", "Head", "HeadScorer", "apply_head", "check_out", "following",
+    "FEATURES", "LAGS", "VARIANTS", "AcceptanceHead", "Head", "apply_head", "check_out", "following",
     "load_head", "save_head",
 ]  # fmt: skip
 
@@ -148,33 +148,6 @@ class Head:
             columns.append(features[name].to(hidden.device).float()[..., None])
         logit = self.accept_logit(torch.cat(columns, -1))
         return torch.sigmoid(logit + np.log(self.rejection_weight) * self.debias)
-
-
-class HeadScorer:
-    """What a live round shows of a head: at candidate k the newest score there is, which is that of k - lag.
-
-    One for a draft; `restart` at each round's start.
-    """
-
-    def __init__(self, head: Head):
-        self.head = head
-        self.restart()
-
-    @property
-    def lag(self) -> int:
-        return self.head.lag
-
-    def restart(self) -> None:
-        self._before: Mapping[str, float] | None = None
-
-    @torch.inference_mode()
-    def update(self, hidden: Tensor, features: Mapping[str, float]) -> float:
-        """One more candidate: `hidden` [width] is the state that its law came from. 1 where no score is known yet."""
-        scored, self._before = (self._before if self.lag else features), features
-        if scored is None:
-            return 1.0
-        named = {name: torch.tensor(float(scored[name])) for name in self.head.inputs[1:]}
-        return float(self.head.score(hidden, named))
 
 
 @torch.inference_mode()

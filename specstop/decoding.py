@@ -54,7 +54,7 @@ def decode(args: Namespace) -> int:
     given = [("--prompt", {"prompt": args.prompt})] if args.prompts is None else read_prompts(args.prompts, args.limit)
     head = None
     if args.head is not None:
-        from realmodels.head import apply_head, load_head  # pyright: ignore[reportMissingImports]
+        from realmodels.head import apply_head, load_head
 
         head = load_head(args.head)
         if trace is not None and "head" in {*wanted, signal}:

@@ -14,11 +14,12 @@ from safetensors.torch import load_model, save, save_file, save_model  # noqa: E
 import realmodels.head  # noqa: E402
 from mdp.fit import split_requests  # noqa: E402
 from mdp.trace import load  # noqa: E402
-from realmodels.head import AcceptanceHead, Head, HeadScorer, apply_head, following, load_head, save_head  # noqa: E402
+from realmodels.head import AcceptanceHead, Head, apply_head, following, load_head, save_head  # noqa: E402
 from realmodels.head_data import Examples, matched_examples, prompts_of, published_examples  # noqa: E402
 from realmodels.head_training import Recipe, fit_requests, soft_cross_entropy, train_head  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
 from realmodels.record import record  # noqa: E402
+from realmodels.sight import LIVE, Sight  # noqa: E402
 from realmodels.streams import stream  # noqa: E402
 
 torch.set_num_threads(1)
@@ -316,16 +317,15 @@ def test_a_live_scorer_shows_what_replay_shows(trace, variant):
     scored = apply_head(head, trace)
     run = next(i for i in range(trace.num_positions - 3) if trace.accepted[i : i + 3].all()
                and not np.isin(np.arange(i, i + 4), trace.offsets).any())  # fmt: skip
-    scorer, shown = HeadScorer(head), []
+    sight, shown = Sight("specdecpp", 12, head=head), []
     for _ in range(2):  # a second round begins anew
-        scorer.restart()
-        shown = [
-            scorer.update(
-                torch.from_numpy(trace.optional["hidden"][i]),
-                {name: float(trace.features[name][i]) for name in ("draft_prob", "entropy")},
+        sight.restart()
+        shown = []
+        for i in range(run, run + 3):
+            sight.update(
+                {name: float(trace.features[name][i]) for name in LIVE}, torch.from_numpy(trace.optional["hidden"][i])
             )
-            for i in range(run, run + 3)
-        ]
+            shown.append(sight.features["head"])
     column = scored.optional["head"][run : run + 3]
     wanted = [1.0, *column[:2]] if head.lag else column
     np.testing.assert_allclose(shown, wanted, atol=1e-6)
