@@ -216,7 +216,7 @@ class Verbs(SphinxDirective):
     """Usage, arguments and defaults of every verb, from the parser itself."""
 
     def run(self) -> list[nodes.Node]:
-        from specstop.cli import build_parser
+        from specstop.arguments import build_parser
 
         (verbs,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
         text = "\n\n".join(self._verb(name, parser) for name, parser in verbs.choices.items())

@@ -5,24 +5,25 @@ import time
 from argparse import Namespace
 from dataclasses import fields
 
+from specstop.arguments import build_parser
 from specstop.output import emit, json_line, key_values
 
 __all__ = ["record_logits"]
 
 DONE = 0
-UNUSED = {
-    "target": None, "draft": None, "prompts": None, "template": "chat", "dtype": "float32", "device": "cpu",
-    "device_map": None, "quantise": None, "target_revision": None, "draft_revision": None, "trust_remote_code": False,
-    "max_new_tokens": 128, "shard": (1, 1), "shard_size": 64, "batch_size": 32, "workers": 0, "scheduler": None,
-    "store_top": 64, "hidden": False, "no_rollout_scores": False,
-}  # fmt: skip
-"""Options that say nothing about logits, with their defaults."""
+UNUSED = (
+    "target", "draft", "prompts", "template", "dtype", "device", "device_map", "quantise", "target_revision",
+    "draft_revision", "trust_remote_code", "max_new_tokens", "shard", "shard_size", "batch_size", "workers",
+    "scheduler", "store_top", "hidden", "no_rollout_scores",
+)  # fmt: skip
+"""Options that say nothing about logits."""
 
 
 def record_logits(args: Namespace) -> int:
     """Read `--logits` and write the trace."""
-    for name, default in UNUSED.items():
-        if getattr(args, name) != default:
+    untyped = build_parser().parse_args([args.verb])
+    for name in UNUSED:
+        if getattr(args, name) != getattr(untyped, name):
             raise ValueError(
                 f"--{name.replace('_', '-')}: does not go with --logits, which holds text and laws already"
             )

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from specstop import verbs
-from specstop.cli import build_parser, function_of, main, spread_policies
+from specstop.arguments import build_parser
+from specstop.cli import function_of, main, spread_policies
 
 PROBLEM = Path(__file__).parent / "golden" / "problem.json"
 VERBS = (

@@ -13,7 +13,7 @@ from mdp.trace import load
 from realmodels.prompts import about_prompts, load_prompts, read_prompts
 from realmodels.templates import TEMPLATES, used_template
 from realmodels.tiny import tiny_target
-from specstop.cli import TEMPLATES as TYPED
+from specstop.arguments import TEMPLATES as TYPED
 from specstop.cli import main
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"

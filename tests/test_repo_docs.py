@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from blocks import blocks, commands
 
-from specstop.cli import build_parser, main, spread_policies
+from specstop.arguments import build_parser
+from specstop.cli import main, spread_policies
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

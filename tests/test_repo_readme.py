@@ -6,7 +6,8 @@ from pathlib import Path
 
 from blocks import blocks, commands
 
-from specstop.cli import build_parser, spread_policies
+from specstop.arguments import build_parser
+from specstop.cli import spread_policies
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -84,7 +84,7 @@ def test_all_there_is_is_on_it(site):
     from mdp.gallery import gallery
     from mdp.policy import RULES
     from mdp.problem import schema
-    from specstop.cli import build_parser
+    from specstop.arguments import build_parser
 
     def text(page):
         return (site / page).read_text(encoding="utf-8")
