@@ -135,10 +135,8 @@ def load_models(settings: Settings) -> tuple[Any, list[list[int]]]:
     return pair, load_prompts(settings.prompts, pair, settings.num_prompts)
 
 
-def record_once(
-    settings: Settings, pair: Any, prompts: list[list[int]], folder: Path, **options: Any
-) -> tuple[Trace, bool]:
-    """The trace, and whether it was there already."""
+def record_once(settings: Settings, pair: Any, prompts: list[list[int]], folder: Path) -> tuple[Trace, bool]:
+    """The trace, with the hidden states that heads are trained on, and whether it was there already."""
     from realmodels.record import record
     from realmodels.streams import request_ids
 
@@ -150,7 +148,7 @@ def record_once(
     return record(
         pair, prompts, folder, max_candidates=MAX_CANDIDATES, max_new_tokens=settings.max_new_tokens,
         temperature=settings.temperature, top_k=settings.top_k, seed=settings.seed, batch_size=settings.batch_size,
-        timing_repeats=settings.timing_repeats, **options,
+        timing_repeats=settings.timing_repeats, store_hidden=True,
     ), False  # fmt: skip
 
 

@@ -232,26 +232,15 @@ def _heads(store: Store) -> Data:
             return _grid(path)
     trace = store.trace_folder
     if "hidden" not in store.trace.optional:
+        settings = QUICK if store.quick else FULL
         trace = store.out / "data" / ("trace-hidden-quick" if store.quick else "trace-hidden")
         if not (trace / "manifest.json").exists():
-            _record_hidden(store, trace)
+            demo.record_once(settings, *demo.load_models(settings), trace)
     folder = store.out / "data" / "heads"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier run, with other inputs
     tiny = ["--variant", "matched"] if store.quick else []  # the published one needs prompts as text
     _run("train-head", "--trace", trace, "--out", folder, "--grid", "--cost", COST_RATIO, *tiny, "--json")
     return _grid(folder / "grid.json")
-
-
-def _record_hidden(store: Store, folder: Path) -> None:
-    import inspect
-
-    from realmodels.record import record
-
-    if "store_hidden" not in inspect.signature(record).parameters:
-        raise Unavailable("acceptance heads need a trace with hidden states, which this version cannot record")
-    settings = QUICK if store.quick else FULL
-    pair, prompts = demo.load_models(settings)
-    demo.record_once(settings, pair, prompts, folder, store_hidden=True)
 
 
 def _grid(path: Path) -> Data:
