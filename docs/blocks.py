@@ -14,7 +14,7 @@ __all__ = ["Block", "Command", "blocks", "commands"]
 
 FENCE = re.compile(r"(?:^`(?P<file>[\w./-]+)`:\n\n)?^```(?P<language>\{?[\w-]+\}?)\n(?P<text>.*?)^```$", re.M | re.S)
 LONG = ("merge", "record", "demo", "figures", "decode", "train-head", "study")
-"""Verbs that load models or take minutes, unless the pair or the trace is a tiny one; `validate --out` does in any case."""
+"""Verbs that load models or take minutes, unless the pair or the trace is a tiny one; `validate --out` always does."""
 
 
 class Block(NamedTuple):
