@@ -14,7 +14,7 @@ __all__ = ["Block", "Command", "blocks", "commands"]
 
 FENCE = re.compile(r"(?:^`(?P<file>[\w./-]+)`:\n\n)?^```(?P<language>\{?[\w-]+\}?)\n(?P<text>.*?)^```$", re.M | re.S)
 LONG = ("merge", "record", "demo", "figures", "decode", "train-head", "study")
-"""Verbs that load models or take minutes, unless the pair or the trace is a tiny one; `validate` does with `--out`."""
+"""Verbs that load models or take minutes, unless the pair or the trace is a tiny one; `validate --out` always does."""
 
 
 class Block(NamedTuple):
@@ -48,5 +48,5 @@ def commands(text: str) -> Iterator[Command]:
             command, _, target = line.partition(" #")[0].partition(" > ")
             argv = shlex.split(command)[1:]
             tiny = "--quick" in argv if argv[0] == "study" else any(word.startswith("tiny") for word in argv)
-            slow = argv[0] in LONG or (argv[0] == "validate" and "--out" in argv)
-            yield Command(line, argv, target.strip() or None, slow and not tiny)
+            report = argv[0] == "validate" and "--out" in argv
+            yield Command(line, argv, target.strip() or None, report or (argv[0] in LONG and not tiny))

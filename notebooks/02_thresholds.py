@@ -41,14 +41,14 @@ prepare()  # quiet libraries
 #
 # With $k$ candidates drafted, in text of kind $z$ and at survival $S$, one more is worth its time iff
 # $S \ge S^*(k, z)$. Left: these thresholds. Middle: the speedup they earn, against every fixed length. Right: what each
-# rule pays per token, target calls against thrown-away candidates. Rules on the dotted line are as fast as the optimum;
+# rule pays per token, target calls against discarded candidates. Rules on the dotted line are as fast as the optimum;
 # below it there are none.
 
 # %%
 explore()
 
 # %% [markdown]
-# The sliders need a running notebook. Try, in this order:
+# The sliders need a running notebook (`jupyter lab notebooks/02_thresholds.ipynb`). Try, in this order:
 #
 # 1. *Dispersion* to 0: all candidates alike. The two thresholds meet, and a fixed length is as good as anything.
 # 2. *Dispersion* up, *persistence* 0: the draft sees each candidate's kind, which says nothing of the next. One

@@ -171,5 +171,5 @@ lengths = replay(bench, ["fixed:4", *(f"fixed:{k}" for k in (0, 1, 2, 3, 5, 6, 8
 display(figures.lengths(lengths, title="Accepted lengths, drawn at random", note="Declared: 0.2 target calls a step."))
 
 # %% [markdown]
-# **Next.** The same on the command line: `specstop import rounds.jsonl --out trace`, then `specstop replay trace` and
-# `specstop audit trace`; `specstop policies` lists the rules that are there already.
+# **Next.** The same on the command line: `specstop import rounds.jsonl --format rounds --out trace`, then
+# `specstop replay trace --policy fixed:5 --cost 0.2`; `specstop policies` lists the rules that are there already.

@@ -1,6 +1,7 @@
 """The site as it is built: no warning, no broken link, nothing fetched, every public module and verb on it."""
 
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -77,6 +78,21 @@ def site(tmp_path_factory):
 def test_no_link_is_broken_and_nothing_is_fetched(site):
     assert list(faults(site)) == []
     assert len(list(site.rglob("*.html"))) > 80
+
+
+def raw_formulas(text):
+    """Lines of a page's running text in which a formula was left as it was typed."""
+    article = re.sub(r"<(pre|code|script|style|math)\b.*?</\1>", "", text, flags=re.S)
+    return [line for line in article.splitlines() if re.search(r"\$[A-Za-z\\(]", line)]
+
+
+def test_the_check_of_formulas_can_fail():
+    assert raw_formulas("<p>reported as $m / (m</p>\n<pre>$ ls $HOME</pre><p>$\\rho</p>")
+
+
+@pytest.mark.slow
+def test_no_formula_is_left_as_it_was_typed(site):
+    assert {path.name: lines for path in site.rglob("*.html") if (lines := raw_formulas(path.read_text()))} == {}
 
 
 @pytest.mark.slow
