@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -30,7 +30,9 @@ from realmodels.sampling import Sampling
 from realmodels.streams import request_ids
 from realmodels.timing import measure_times
 
-__all__ = ["Block", "Plan", "Progress", "check_folder", "measure_times", "merge", "record", "record_part", "run"]
+__all__ = [
+    "Block", "Plan", "Progress", "Settings", "check_folder", "measure_times", "merge", "record", "record_part", "run",
+]  # fmt: skip
 
 _CLAMPING = "candidates of a round are clamped to the positions left before max_new_tokens, minus one"
 TARGET_SIDE = ("token_accept_prob", "step_accept_prob", "target_top_ids", "target_top_logprobs")
@@ -39,18 +41,47 @@ CONTEXT_QUANTILES = (0.1, 0.5, 0.9)
 """Of the context lengths that were met: where times are measured."""
 
 
-def record(pair: ModelPair, prompts: Sequence[Sequence[int]], out: str | Path, **settings: Any) -> Trace:
+class Settings(TypedDict, total=False):
+    """What is recorded and how: the keywords of `Plan.make` and the fields of `Sampling`, with their defaults there."""
+
+    max_candidates: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    batch_size: int
+    shard_size: int
+    store_top: int
+    store_tokens: bool
+    store_hidden: bool
+    score_rollouts: bool
+    about_prompts: dict[str, Any] | None
+
+
+def record(
+    pair: ModelPair,
+    prompts: Sequence[Sequence[int]],
+    out: str | Path,
+    *,
+    timing_repeats: int = 5,
+    progress: bool | Callable[[int], Any] | None = None,
+    **settings: Unpack[Settings],
+) -> Trace:
     """Write the coupled trace of `pair` over `prompts` into the folder `out` and return it as read back.
 
     Args:
         prompts: token ids, one list a request (`realmodels.pair.load_prompts`).
         out: made if need be; what a killed recording of the same settings left in it is gone on with.
-        settings: as of `Plan.make`, and of `record_part` but for its `part`.
+        timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
+        progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
+            if stderr is a terminal.
+        settings: sampling as of `realmodels.sampling.Sampling`, sizes and contents as of `Plan.make`.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
     """
-    trace = record_part(pair, prompts, out, (1, 1), **settings)
+    trace = record_part(pair, prompts, out, (1, 1), timing_repeats=timing_repeats, progress=progress, **settings)
     assert trace is not None
     return trace
 
@@ -63,22 +94,16 @@ def record_part(
     *,
     timing_repeats: int = 5,
     progress: bool | Callable[[int], Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Trace | None:
     """Record every n-th block, from the i-th on, of `part` (i, n); returns the trace if that completes it.
 
-    Parts may share the folder, or have one each, to be joined by `merge`; the trace is the same.
-
-    Args:
-        timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
-        progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
-            if stderr is a terminal.
-
-    Raises:
-        ValueError: one line that names the argument, its value and what is allowed.
+    Parts may share the folder, or have one each, to be joined by `merge`; the trace is the same. The rest is as of
+    `record`.
     """
     plan = Plan.make(Header.of(pair), prompts, **settings)
     pair.check_prompts(prompts, plan.sampling)
+    pair.check_hidden(plan.contents.hidden)
 
     def results(blocks: Iterable[Block], bar: Progress) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
         for block in blocks:
@@ -87,8 +112,7 @@ def record_part(
     def times(lengths: Sequence[int]) -> dict[str, Any]:
         return measure_times(pair, plan.sampling.max_candidates, lengths, timing_repeats, context=prompts[0])
 
-    _check_sizes(timing_repeats=timing_repeats)
-    return run(plan, Path(out), part, results, times if timing_repeats else None, progress)
+    return run(plan, Path(out), part, results, times, timing_repeats, progress)
 
 
 @dataclass(frozen=True)
@@ -248,15 +272,17 @@ def run(
     out: Path,
     part: tuple[int, int],
     results: Callable[..., Iterable[tuple[int, Trace, dict[str, Any]]]],
-    times: Callable[[Sequence[int]], dict[str, Any]] | None,
+    times: Callable[[Sequence[int]], dict[str, Any]],
+    timing_repeats: int,
     progress: bool | Callable[[int], Any] | None,
 ) -> Trace | None:
     """Record the part's blocks that are missing, measure times, and finish if all blocks are there.
 
     Args:
         results: yields (index, trace, what it took) of blocks, given those that are missing and a `Progress`.
-        times: measures times at some context lengths; None if not wanted.
+        times: measures times at some context lengths; not called if `timing_repeats` is 0.
     """
+    _check_sizes(timing_repeats=timing_repeats)
     plan.check_part(part, len(plan.prompts), plan.shard_size)
     journal = Journal(out, plan.settings, part).open()
     if not journal.finished:
@@ -266,7 +292,7 @@ def run(
         with Progress(progress, total, total - sum(len(block.ids) for block in blocks)) as bar:
             for index, trace, took in results(blocks, bar):
                 journal.write(index, trace, took)
-        if times is not None and journal.times() is None:
+        if timing_repeats and journal.times() is None:
             measured = times(_contexts(plan, journal))
             journal.write_times({**measured, "draft_is_target_time": plan.header.draft_is_target_time})
     return journal.finish()
