@@ -140,7 +140,7 @@ class Head:
         """
         if hidden.shape[-1] != self.width:
             raise ValueError(f"head: it reads states of {self.width} numbers, this draft's have {hidden.shape[-1]}")
-        device = self.module.model[-1].weight.device  # the draft may live on another one
+        device = next(self.module.parameters()).device  # the draft may live on another one
         columns = [hidden.to(device).float()]
         for name in self.inputs[1:]:
             if features is None or name not in features:

@@ -42,7 +42,7 @@ CONTEXT_QUANTILES = (0.1, 0.5, 0.9)
 
 
 class Settings(TypedDict, total=False):
-    """What is recorded and how: the keywords of `Plan.make` and the fields of `Sampling`, with their defaults there."""
+    """What is recorded and how: sizes and contents of `Plan.make` and the fields of `Sampling`; defaults are there."""
 
     max_candidates: int
     max_new_tokens: int
@@ -56,7 +56,6 @@ class Settings(TypedDict, total=False):
     store_tokens: bool
     store_hidden: bool
     score_rollouts: bool
-    about_prompts: dict[str, Any] | None
 
 
 def record(
@@ -66,6 +65,7 @@ def record(
     *,
     timing_repeats: int = 5,
     progress: bool | Callable[[int], Any] | None = None,
+    about_prompts: dict[str, Any] | None = None,
     **settings: Unpack[Settings],
 ) -> Trace:
     """Write the coupled trace of `pair` over `prompts` into the folder `out` and return it as read back.
@@ -76,12 +76,16 @@ def record(
         timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
         progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
             if stderr is a terminal.
-        settings: sampling as of `realmodels.sampling.Sampling`, sizes and contents as of `Plan.make`.
+        about_prompts: as of `Plan.make`, whose other settings are sizes and contents.
+        settings: these, and the sampling as of `realmodels.sampling.Sampling`.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
     """
-    trace = record_part(pair, prompts, out, (1, 1), timing_repeats=timing_repeats, progress=progress, **settings)
+    trace = record_part(
+        pair, prompts, out, (1, 1), timing_repeats=timing_repeats, progress=progress, about_prompts=about_prompts,
+        **settings,
+    )  # fmt: skip
     assert trace is not None
     return trace
 
@@ -94,6 +98,7 @@ def record_part(
     *,
     timing_repeats: int = 5,
     progress: bool | Callable[[int], Any] | None = None,
+    about_prompts: dict[str, Any] | None = None,
     **settings: Unpack[Settings],
 ) -> Trace | None:
     """Record every n-th block, from the i-th on, of `part` (i, n); returns the trace if that completes it.
@@ -101,7 +106,7 @@ def record_part(
     Parts may share the folder, or have one each, to be joined by `merge`; the trace is the same. The rest is as of
     `record`.
     """
-    plan = Plan.make(Header.of(pair), prompts, **settings)
+    plan = Plan.make(Header.of(pair), prompts, about_prompts=about_prompts, **settings)
     pair.check_prompts(prompts, plan.sampling)
     pair.check_hidden(plan.contents.hidden)
 

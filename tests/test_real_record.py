@@ -315,7 +315,7 @@ def test_bad_settings_are_refused_before_any_work(pair, tmp_path, change, messag
 
 def test_the_typed_settings_are_those_that_are_read():
     made = [name for name, p in inspect.signature(Plan.make).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert set(Settings.__annotations__) == {*made, *Sampling.__dataclass_fields__}
+    assert {*Settings.__annotations__, "about_prompts"} == {*made, *Sampling.__dataclass_fields__}
 
 
 def test_a_draft_without_hidden_states_is_refused_before_any_work(tmp_path):
