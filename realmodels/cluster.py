@@ -16,8 +16,9 @@ import torch
 
 from mdp.trace import Trace
 from realmodels.pair import ModelPair, load_pair
+from realmodels.progress import Progress
 from realmodels.prompts import about_source, tokenise
-from realmodels.record import Block, Header, Plan, Progress, Settings, run
+from realmodels.record import Block, Header, Plan, Settings, run
 from realmodels.sampling import Sampling
 from realmodels.templates import used_template
 from realmodels.timing import measure_times
