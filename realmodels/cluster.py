@@ -10,15 +10,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from mdp.trace import Trace
 from realmodels.pair import ModelPair, load_pair
-from realmodels.prompts import about_prompts, tokenise
-from realmodels.record import Block, Header, Plan, Progress, run
+from realmodels.progress import Progress
+from realmodels.prompts import about_source, tokenise
+from realmodels.record import Block, Header, Plan, Settings, run
 from realmodels.sampling import Sampling
+from realmodels.templates import used_template
 from realmodels.timing import measure_times
 from simulate.cluster import client
 
@@ -39,14 +41,14 @@ def record_on_cluster(
     part: tuple[int, int] = (1, 1),
     timing_repeats: int = 5,
     progress: bool | Callable[[int], Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Trace | None:
     """As `realmodels.record.record_part`, on `workers` processes of this machine or behind a Dask scheduler.
 
     Args:
         models: arguments of `realmodels.pair.load_pair`, by name.
         prompts: as `realmodels.prompts.read_prompts` gives them; a worker's tokenizer reads them.
-        source, template: where the prompts come from, for the manifest, and what puts them into words.
+        source: where the prompts come from, for the manifest, which then says so; template: what words they get.
         scheduler: its address, as tcp://host:8786.
 
     Raises:
@@ -56,8 +58,11 @@ def record_on_cluster(
     threads = max(1, torch.get_num_threads() // workers) if workers else None
     with client(workers, scheduler) as (dask, as_completed):
         # What settings are wrong is found on a worker, before a file is written here.
-        asked = dask.submit(_describe, key, threads, list(prompts), source, template, _of(Sampling, settings))
-        header, tokens, about = asked.result()
+        sampling = {name: value for name, value in settings.items() if name in Sampling.__dataclass_fields__}
+        hidden = bool(settings.get("store_hidden"))
+        asked = dask.submit(_describe, key, threads, list(prompts), template, sampling, hidden)
+        header, tokens, used = asked.result()
+        about = about_source(source) | {"template": used} if source else None  # the file is here, not with the worker
         plan = Plan.make(header, tokens, about_prompts=about, **settings)
 
         def results(blocks: Iterable[Block], bar: Progress) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
@@ -74,11 +79,7 @@ def record_on_cluster(
             )
             return job.result()
 
-        return run(plan, Path(out), part, results, times if timing_repeats else None, progress)
-
-
-def _of(kind: Any, settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: settings[name] for name in kind.__dataclass_fields__ if name in settings}
+        return run(plan, Path(out), part, results, times, timing_repeats, progress)
 
 
 @lru_cache(maxsize=1)
@@ -96,12 +97,14 @@ def _pair(key: str, threads: int | None) -> ModelPair:
 
 
 def _describe(
-    key: str, threads: int | None, prompts: list[tuple[str, dict]], source: str, template: str, sampling: dict[str, Any]
-) -> tuple[Header, list[list[int]], dict[str, Any]]:
+    key: str, threads: int | None, prompts: list[tuple[str, dict]], template: str, sampling: dict[str, Any],
+    hidden: bool,
+) -> tuple[Header, list[list[int]], dict[str, str]]:  # fmt: skip
     pair = _pair(key, threads)
     tokens = tokenise(prompts, pair, template)
     pair.check_prompts(tokens, Sampling(**sampling))
-    return Header.of(pair), tokens, about_prompts(source, pair, template)
+    pair.check_hidden(hidden)
+    return Header.of(pair), tokens, used_template(template, pair.tokenizer)
 
 
 def _record(key: str, threads: int | None, block: Block) -> tuple[Trace, dict[str, Any]]:

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from realmodels.pair import ModelPair
-from realmodels.reader import PADDING, PATH
+from realmodels.reader import PADDING, PATH, Rows
 from realmodels.sampling import Sampling
 from realmodels.streams import stream, uniforms
-from realmodels.verify import Law, acceptance, couple, draft_features, draw
+from realmodels.verify import Law, acceptance, couple, draft_features, draw, top_tokens
 
 __all__ = ["WORK", "Columns", "Contents", "record_batch"]
 
@@ -82,38 +82,6 @@ def record_batch(
     return list(zip(_split(path, len(prompts)), _split(steps, len(prompts)), strict=True))
 
 
-class _Rows:
-    """A model's reader, of which some rows are read. One that reads all rows at a time gets padding for the others."""
-
-    def __init__(self, reader: Any, batch_size: int):
-        self.reader, self.native = reader, getattr(reader, "selects_rows", False)
-        self.place = torch.arange(batch_size)
-        self.hidden: Tensor | None = None
-
-    def read(
-        self, rows: slice, tokens: Tensor, position: Tensor, owner: Tensor, fork: Tensor | None = None,
-        keep: int | None = None, keep_hidden: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """As `Reader.read` of these rows alone."""
-        fork = torch.zeros_like(tokens) if fork is None else fork
-        if self.native:
-            logits = self.reader.read(tokens, position, owner, fork, keep, keep_hidden, rows=rows)
-            self.hidden = self.reader.hidden
-            return logits
-        place = self.place[rows]
-        wide = [torch.full((len(self.place), part.shape[1]), fill).index_copy(0, place, part)
-                for part, fill in ((tokens, 0), (position, 0), (owner, PADDING), (fork, 0))]  # fmt: skip
-        logits = self.reader.read(*wide, keep, keep_hidden)
-        self.hidden = None if self.reader.hidden is None else self.reader.hidden[place.to(self.reader.hidden.device)]
-        return logits[place.to(logits.device)]
-
-    def swap(self, one: int, other: int) -> None:
-        if self.native:
-            self.reader.swap(one, other)
-        else:
-            self.place[[one, other]] = self.place[[other, one]]
-
-
 class _Batch:
     """One batch while it is recorded. `order` says which request each row of both readers belongs to."""
 
@@ -125,7 +93,7 @@ class _Batch:
         self.seconds, self.partly = seconds, partly
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
         self.order = self.lengths.argsort(descending=True, stable=True)
-        self.target, self.draft = (_Rows(pair.reader(role, len(prompts)), len(prompts)) for role in ("target", "draft"))
+        self.target, self.draft = (Rows(pair.reader(role, len(prompts)), len(prompts)) for role in ("target", "draft"))
 
     @contextmanager
     def _timed(self, kind: str) -> Iterator[None]:
@@ -243,8 +211,11 @@ class _Batch:
         if self.contents.tokens:
             row["draft_token"] = row["drafted"]
             if self.contents.top:
-                for name, law in (("draft", q), ("target", p)):
-                    row |= {} if law is None else _top(law, self.contents.top, self.pair.vocab_size, f"{name}_top_")
+                dtype = np.uint16 if self.pair.vocab_size <= 2**16 else np.int32
+                for role, law in (("draft", q), ("target", p)):
+                    if law is not None:
+                        ids, logprobs = top_tokens(law, self.contents.top)
+                        row |= {f"{role}_top_ids": ids.numpy().astype(dtype), f"{role}_top_logprobs": logprobs.numpy()}
         return row
 
     def branch(self, path: Columns) -> Columns:
@@ -386,17 +357,6 @@ def _ends(tokens: Tensor, pair: ModelPair) -> Tensor:
 
 def _ids(tokens: Tensor) -> np.ndarray:
     return tokens.numpy().astype(np.int32)
-
-
-def _top(law: Law, count: int, vocab_size: int, prefix: str) -> Columns:
-    """The most probable tokens and their log-probabilities, which float16 holds to about 0.005."""
-    probs, index = law.probs.topk(min(count, law.probs.shape[-1]), -1)
-    ids = index if law.ids is None else law.ids.gather(-1, index)
-    dtype = np.uint16 if vocab_size <= 2**16 else np.int32
-    return {
-        f"{prefix}ids": ids.numpy().astype(dtype),
-        f"{prefix}logprobs": probs.log().clamp(min=-6e4).half().numpy(),
-    }
 
 
 def _unsqueeze(law: Law) -> Law:

@@ -220,13 +220,15 @@ class _Run:
 
     def _read(self, reader: Reader, keep_hidden: bool = False) -> Tensor:
         """Bring a cache up to date; logits [n, vocabulary] after the last token of the path and each candidate."""
-        text = self.path + self.candidates
-        span = torch.arange(reader.num_columns, len(text))[None]
-        keep = len(text) - max(reader.num_columns, len(self.path) - 1)
-        return reader.read(torch.tensor([text])[:, span[0]], span, keep=keep, keep_hidden=keep_hidden)[0]
+        first, end = reader.num_columns, len(self.path) + len(self.candidates)
+        # of a long text only what is new is touched
+        unread = self.path[first:] + self.candidates[max(0, first - len(self.path)) :]
+        keep = end - max(first, len(self.path) - 1)
+        span = torch.arange(first, end)[None]
+        return reader.read(torch.tensor([unread]), span, keep=keep, keep_hidden=keep_hidden)[0]
 
     def _uniforms(self, *shape: int) -> Tensor:
-        return torch.from_numpy(self.rng.random(shape)).to(self.pair.target.device)
+        return torch.from_numpy(self.rng.random(shape)).to(self.pair.device)
 
     def draft(self) -> None:
         """Draw one more candidate."""
@@ -267,7 +269,7 @@ class _Run:
     def verify(self) -> tuple[int, list[int]]:
         """Submit all candidates; returns how many were accepted and the tokens emitted."""
         start = time.perf_counter()
-        count, device = len(self.candidates), self.pair.target.device
+        count, device = len(self.candidates), self.pair.device
         p = self.sampling.law(torch.cat([*self.target_logits, self._read(self.target)])[None])
         q = Law(torch.empty(1, 0, 1)) if count == 0 else _stack(self.draft_laws)
         accepted, following = verify(
@@ -282,7 +284,7 @@ class _Run:
         valid = len(self.path) + num_accepted
         for reader in (self.target, self.drafter):
             reader.crop(min(reader.num_columns, valid))
-        self.path = self.path + tokens
+        self.path += tokens
         self.candidates, self.draft_laws, self.target_logits = [], [], []
         self.verify_time += time.perf_counter() - start
         return num_accepted, tokens

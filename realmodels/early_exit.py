@@ -13,7 +13,7 @@ re-use would earn, not what was measured here.
 
 References:
     Liu et al., *Kangaroo* (2404.18911), and `evaluation/inference_kangaroo.py`; *DEL* (2504.05598), its denominator
-    $(L - e) + (\gamma + 1) e$.
+    $(L - e) + (k + 1) e$ in our symbols.
 """
 
 import copy

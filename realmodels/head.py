@@ -35,9 +35,10 @@ from torch import Tensor, nn
 
 from mdp.trace import Trace
 from realmodels.pair import check_same_models
+from realmodels.sight import LIVE
 
 __all__ = [
-    "FEATURES", "LAGS", "VARIANTS", "AcceptanceHead", "Head", "apply_head", "check_out", "following",
+    "LAGS", "VARIANTS", "AcceptanceHead", "Head", "apply_head", "check_out", "following",
     "load_head", "save_head",
 ]  # fmt: skip
 
@@ -49,8 +50,6 @@ LAGS = {"published": 1, "matched": 0}
 MAX_WIDTH, MAX_LAYERS = 2**16, 64
 MAX_JSON_BYTES, MAX_WEIGHT_BYTES = 2**20, 4 * 2**30
 ROWS = 8192  # scored at a time
-FEATURES = ("draft_prob", "top_prob", "entropy")
-"""What a head may read beside the hidden state."""
 _BLOCK_KEY = re.compile(r"model\.([0-9]{1,3})\.linear\.(weight|bias)")
 
 
@@ -141,11 +140,12 @@ class Head:
         """
         if hidden.shape[-1] != self.width:
             raise ValueError(f"head: it reads states of {self.width} numbers, this draft's have {hidden.shape[-1]}")
-        columns = [hidden.float()]
+        device = next(self.module.parameters()).device  # the draft may live on another one
+        columns = [hidden.to(device).float()]
         for name in self.inputs[1:]:
             if features is None or name not in features:
                 raise ValueError(f"head: it reads {name}, which is not given")
-            columns.append(features[name].to(hidden.device).float()[..., None])
+            columns.append(features[name].to(device).float()[..., None])
         logit = self.accept_logit(torch.cat(columns, -1))
         return torch.sigmoid(logit + np.log(self.rejection_weight) * self.debias)
 
@@ -343,9 +343,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     variant, inputs, weight = (values.get(name) for name in ("variant", "inputs", "rejection_weight"))
     if variant not in VARIANTS:
         raise ValueError(f"{path}: variant must be one of {', '.join(VARIANTS)}, got {variant!r:.60}")
-    known = isinstance(inputs, list) and inputs[:1] == ["hidden"] and all(name in FEATURES for name in inputs[1:])
+    known = isinstance(inputs, list) and inputs[:1] == ["hidden"] and all(name in LIVE for name in inputs[1:])
     if not known:
-        raise ValueError(f"{path}: inputs must be hidden, then some of {', '.join(FEATURES)}, got {inputs!r:.60}")
+        raise ValueError(f"{path}: inputs must be hidden, then some of {', '.join(LIVE)}, got {inputs!r:.60}")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < 1e6:
         raise ValueError(f"{path}: rejection_weight must be a number in (0, 1e6), got {weight!r:.60}")
     if not isinstance(values.get("models", {}), dict):

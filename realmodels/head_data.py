@@ -25,7 +25,6 @@ from torch import Tensor
 from mdp.trace import Trace
 from realmodels.head import VARIANTS
 from realmodels.pair import ModelPair
-from realmodels.reader import Reader
 from realmodels.streams import request_ids, stream
 from realmodels.verify import draw, warp
 
@@ -109,13 +108,13 @@ def published_examples(
         name, prompt = trace.request_ids[r], list(prompts[r])
         x = torch.from_numpy(trace.optional["token"][trace.offsets[r] : trace.offsets[r + 1]].astype(np.int64))
         before = torch.cat([torch.tensor(prompt), x[:-1]])
-        p, q = (warp(_read(pair, model, before, len(x))[0], 1.0, 0) for model in (pair.target, pair.draft))
+        p, q = (warp(_read(pair, role, before, len(x)), 1.0, 0) for role in ("target", "draft"))
         device = q.probs.device
         y = draw(q, torch.from_numpy(stream(seed, name, "head draft").random(len(x))).to(device))
         label = (p.prob(y) / q.prob(y)).clamp(max=1.0).float().cpu()
         kept = torch.from_numpy(stream(seed, name, "head mix").random(len(x)) < mixing_ratio)
         z = torch.where(kept, x, y.cpu())
-        _, hidden = _read(pair, pair.draft, torch.cat([torch.tensor(prompt), z]), len(z))
+        hidden = _read(pair, "draft", torch.cat([torch.tensor(prompt), z]), len(z), hidden=True)
         # half precision, as what inference reads was recorded
         inputs.append(hidden[~kept].half().float().cpu())
         labels.append(label[~kept])
@@ -123,12 +122,11 @@ def published_examples(
     return Examples(torch.cat(inputs), torch.cat(labels), np.concatenate(owners))
 
 
-def _read(pair: ModelPair, model: Any, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Logits [count, vocabulary] and last hidden states [count, width] after each of the last `count` tokens."""
-    reader = Reader(model, 1, pair.vocab_size)
-    logits = reader.read(tokens[None], torch.arange(len(tokens))[None], keep=count, keep_hidden=True)
-    assert reader.hidden is not None
-    return logits[0], reader.hidden[0]
+def _read(pair: ModelPair, role: str, tokens: Tensor, count: int, hidden: bool = False) -> Tensor:
+    """Logits [count, vocabulary] or last hidden states [count, width] after each of the last `count` tokens."""
+    reader = pair.reader(role, 1)
+    logits = reader.read(tokens[None], torch.arange(len(tokens))[None], keep=count, keep_hidden=hidden)
+    return (reader.hidden if hidden else logits)[0]
 
 
 def _bar(items: Sequence[Any], what: str, wanted: bool | None) -> Iterable[Any]:

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from mdp.fit import split_requests
 from mdp.trace import Trace
-from realmodels.head import FEATURES, LAGS, VARIANTS, AcceptanceHead, Head
+from realmodels.head import LAGS, VARIANTS, AcceptanceHead, Head
 from realmodels.head_data import Examples, digest
+from realmodels.sight import LIVE
 
 __all__ = ["Recipe", "fit_requests", "soft_cross_entropy", "train_head"]
 
@@ -66,9 +67,9 @@ class Recipe:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
         if self.inputs is not None and self.reads != VARIANTS[self.variant] and (
             self.variant == "published" or self.reads[:1] != ("hidden",) or len(set(self.reads)) < len(self.reads)
-            or not set(self.reads[1:]) <= set(FEATURES)
+            or not set(self.reads[1:]) <= set(LIVE)
         ):  # fmt: skip
-            allowed = "hidden alone" if self.variant == "published" else f"hidden, then some of {', '.join(FEATURES)}"
+            allowed = "hidden alone" if self.variant == "published" else f"hidden, then some of {', '.join(LIVE)}"
             raise ValueError(f"inputs must be {allowed} for {self.variant} heads, got {', '.join(self.reads)}")
         for name, low, high in (("depth", 0, 64), ("max_epochs", 1, 10**6), ("patience", 1, 10**6),
                                 ("batch_size", 1, 2**20), ("seed", 0, 2**63 - 1)):  # fmt: skip

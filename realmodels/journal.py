@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from mdp.trace import Trace, atomic_write, load, write_manifest, write_shard
+from realmodels.gguf_file import file_digest
 
 __all__ = ["Journal", "check_folder", "merge"]
 
@@ -132,6 +133,8 @@ class Journal:
             return None
         if not isinstance(entry, dict) or entry.get("settings") != self.digest:
             raise ValueError(f"{path}: is of another recording; remove it")
+        if entry.get("file") != path.with_suffix(".safetensors").name:  # `merge` writes under that name
+            raise ValueError(f"{path}: file must be {path.stem}.safetensors, got {entry.get('file')!r:.60}")
         return entry
 
     def check(self, block: int) -> dict[str, Any] | None:
@@ -142,7 +145,7 @@ class Journal:
         """
         if (entry := self.entry(block)) is not None:
             shard = self.folder / f"shard-{block:05d}.safetensors"
-            if not shard.is_file() or _file_digest(shard) != entry["sha256"]:
+            if not shard.is_file() or file_digest(shard) != entry["sha256"]:
                 note = shard.with_suffix(".json").name
                 raise ValueError(f"{shard}: missing or damaged (its hash is not that in {note}); remove {note} to redo")
         return entry
@@ -305,11 +308,6 @@ def _digest(settings: Mapping[str, Any]) -> str:
     """Hash of the settings, whatever the models were called."""
     named = {key: value for key, value in _flat(settings).items() if not _is_a_name(key)}
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _link(source: Path, path: Path) -> None:

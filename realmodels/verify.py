@@ -32,6 +32,7 @@ __all__ = [
     "draw",
     "feature_law",
     "residual",
+    "top_tokens",
     "verify",
     "warp",
 ]
@@ -154,6 +155,12 @@ def draft_features(law: Law, token: Tensor) -> dict[str, Tensor]:
         "top_prob": law.probs.amax(-1),
         "entropy": torch.special.entr(law.probs).sum(-1),
     }
+
+
+def top_tokens(law: Law, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` most probable tokens [..., count] and their log-probabilities in float16, good to about 0.005."""
+    probs, index = law.probs.topk(min(count, law.probs.shape[-1]), -1)
+    return index if law.ids is None else law.ids.gather(-1, index), probs.log().clamp(min=-6e4).half()
 
 
 def couple(p: Law, q: Law, token: Tensor, accept_uniform: Tensor, draw_uniform: Tensor) -> Tensor:

@@ -63,6 +63,8 @@ def decode(args: Namespace) -> int:
     pair = load_pair_from(args)
     if trace is not None:
         pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
+    if head is not None and head.manifest.get("models"):  # a published head does not say whose states it reads
+        pair.check_recorded(head.manifest["models"], f"--head: what {args.head} was trained on")
     if pair.tokenizer is None and args.prompts is None:
         raise ValueError("--prompt: this pair has no tokenizer, it cannot read text")
     prompts = tokenise(given, pair, args.template)

@@ -26,7 +26,7 @@ def record(args: Namespace) -> int:
 
         return record_logits(args)
     from realmodels.prompts import about_prompts, read_prompts, tokenise
-    from realmodels.record import Plan, check_folder
+    from realmodels.record import Plan, check_folder, record_part
 
     start = time.perf_counter()
     # Loading the models takes longest by far: what can be refused without them is refused first.
@@ -53,8 +53,6 @@ def record(args: Namespace) -> int:
             scheduler=args.scheduler, part=part, **settings,
         )  # fmt: skip
     else:
-        from realmodels.record import record_part
-
         pair = load_pair_from(args)
         about = about_prompts(args.prompts, pair, args.template)
         trace = record_part(pair, tokenise(prompts, pair, args.template), out, part, about_prompts=about, **settings)

@@ -1,8 +1,6 @@
 """`specstop decode`: a prompt continued by a real pair, with what its rule reads calibrated on a trace."""
 
 import json
-import sys
-from types import ModuleType
 
 import pytest
 
@@ -124,26 +122,25 @@ def test_decode_solves_for_a_trace(lines, trace, tmp_path):
     assert answer["signal"] == "entropy" and answer["num_drafted"] > 0
 
 
-def test_decode_takes_a_head(lines, monkeypatch, tmp_path):
-    """A stand-in for `realmodels.head`, whose own tests are elsewhere."""
+def test_decode_takes_a_head(lines, run, tmp_path):
     torch = pytest.importorskip("torch")
+    from realmodels.head import AcceptanceHead, Head, save_head
+    from realmodels.pair import load_pair
 
-    class Head:
-        lag = 1
-
-        def score(self, hidden, features):
-            return torch.sigmoid(hidden[:, 0] - features["entropy"])
-
-    stub = ModuleType("realmodels.head")
-    stub.load_head, stub.apply_head = {"folder": Head()}.__getitem__, lambda head, trace: trace
-    monkeypatch.setitem(sys.modules, "realmodels.head", stub)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = Head(AcceptanceHead(32, 1), manifest={"models": load_pair("tiny", "tiny:1").provenance})
+    folder = save_head(head, tmp_path / "head")
     (tmp_path / "prompts.jsonl").write_text('{"tokens": [2, 5, 9]}\n')
-    pair = ["--target", "tiny", "--draft", "tiny:1", "--prompts", tmp_path / "prompts.jsonl", "--head", "folder"]
+    pair = ["--target", "tiny", "--draft", "tiny:1", "--prompts", tmp_path / "prompts.jsonl", "--head", folder]
     kept, dropped = (
         lines("decode", *pair, "--policy", f"specdecpp:least=1,threshold={threshold}", "--max-new-tokens", 8)[0]
         for threshold in (0, 1)
     )
     assert kept["num_drafted"] / kept["num_target_calls"] < dropped["num_drafted"] / dropped["num_target_calls"]
+    code, out, err = run("decode", *pair, "--draft", "tiny:2", "--policy", "specdecpp", "--max-new-tokens", 8)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "was recorded with draft tiny:1, not this tiny:2" in err
 
 
 @pytest.mark.parametrize(

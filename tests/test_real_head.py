@@ -14,6 +14,7 @@ from safetensors.torch import load_model, save, save_file, save_model  # noqa: E
 import realmodels.head  # noqa: E402
 from mdp.fit import split_requests  # noqa: E402
 from mdp.trace import load  # noqa: E402
+from realmodels.decode import decode_all, round_log  # noqa: E402
 from realmodels.head import AcceptanceHead, Head, apply_head, following, load_head, save_head  # noqa: E402
 from realmodels.head_data import Examples, matched_examples, prompts_of, published_examples  # noqa: E402
 from realmodels.head_training import Recipe, fit_requests, soft_cross_entropy, train_head  # noqa: E402
@@ -21,6 +22,7 @@ from realmodels.pair import load_pair  # noqa: E402
 from realmodels.record import record  # noqa: E402
 from realmodels.sight import LIVE, Sight  # noqa: E402
 from realmodels.streams import stream  # noqa: E402
+from simulate.replay import replay_rounds  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -329,6 +331,20 @@ def test_a_live_scorer_shows_what_replay_shows(trace, variant):
     column = scored.optional["head"][run : run + 3]
     wanted = [1.0, *column[:2]] if head.lag else column
     np.testing.assert_allclose(shown, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["matched", "published"])
+def test_live_rounds_under_a_head_are_those_of_replay(pair, prompts, tmp_path, variant):
+    """Greedily: the head reads the draft's states in one place, the recorded ones in the other."""
+    settings = {"max_candidates": 5, "max_new_tokens": 20, "top_k": 8, "temperature": 0}
+    trace = record(pair, prompts, tmp_path, **settings, timing_repeats=0, store_hidden=True)
+    head = a_head(variant, rejection_weight=3.0)
+    policy = "specdecpp:threshold=0.5,least=0,lag=0"
+    runs = decode_all(pair, prompts, policy, **settings, head=head)
+    mine, theirs = round_log(runs), replay_rounds(apply_head(head, trace), policy)
+    for column in dataclasses.fields(mine):
+        np.testing.assert_array_equal(getattr(mine, column.name), getattr(theirs, column.name), err_msg=column.name)
+    assert len(np.unique(mine.num_drafted)) > 2
 
 
 def test_a_head_is_for_its_pair_and_needs_states(trace):

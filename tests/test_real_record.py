@@ -1,5 +1,6 @@
 """Recording: the coupled trace against a naive recomputation, its laws, and its shape on disk."""
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,8 @@ pytest.importorskip("transformers")
 from mdp.trace import FEATURES  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
 from realmodels.reader import Reader  # noqa: E402
-from realmodels.record import measure_times, record  # noqa: E402
+from realmodels.record import Plan, Settings, measure_times, record  # noqa: E402
+from realmodels.sampling import Sampling  # noqa: E402
 from realmodels.streams import request_id, request_ids, stream, uniforms  # noqa: E402
 
 torch.set_num_threads(1)  # tiny models: a second thread only waits
@@ -300,6 +302,7 @@ def test_no_rollouts_when_nothing_fails(tmp_path):
         ({"temperature": float("nan")}, "temperature must be 0 or"),
         ({"top_k": True}, "top_k must be"),
         ({"batch_size": 0}, "batch_size must be"),
+        ({"timing_repeats": -1}, "timing_repeats must be a whole number of at least 0, got -1"),
         ({"max_new_tokens": 600}, "positions, the models have 512"),
     ],
 )
@@ -310,6 +313,17 @@ def test_bad_settings_are_refused_before_any_work(pair, tmp_path, change, messag
     assert not (tmp_path / "out").exists()
 
 
+def test_the_typed_settings_are_those_that_are_read():
+    made = [name for name, p in inspect.signature(Plan.make).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    assert {*Settings.__annotations__, "about_prompts"} == {*made, *Sampling.__dataclass_fields__}
+
+
+def test_a_draft_without_hidden_states_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="draft: prompt lookup has no hidden states"):
+        record(load_pair("tiny", "lookup"), make_prompts(2), tmp_path / "out", **SETTINGS, store_hidden=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_foreign_files_are_not_touched(pair, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not empty \(holds thesis.txt\)"):
@@ -317,7 +331,7 @@ def test_foreign_files_are_not_touched(pair, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="cannot make"):
         record(pair, make_prompts(2), tmp_path / "thesis.txt" / "out", **SETTINGS)
-    with pytest.raises(ValueError, match=r"tokens must be whole numbers in 0\.\.23"):
+    with pytest.raises(ValueError, match=r"tokens must be whole numbers in 0\.\.23, got 24"):
         record(pair, [[24]], tmp_path / "out", **SETTINGS)
 
 

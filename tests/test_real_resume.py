@@ -283,6 +283,13 @@ def test_parts_that_do_not_belong_together(pair, tmp_path):
         merge(tmp_path / "out", parts)
     with pytest.raises(ValueError, match=r"one: no part of a recording \(no recording\.json\)"):
         merge(tmp_path / "out", [parts[0] / "one"])
+    note = parts[0] / "shard-00000.json"
+    noted = note.read_text()
+    note.write_text(json.dumps(json.loads(noted) | {"file": "../thesis.txt"}))
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"file must be shard-00000\.safetensors, got '\.\./thesis\.txt'"):
+        merge(tmp_path / "out", parts[:1])
+    note.write_text(noted)
     shard = min(parts[0].glob("*.safetensors"))
     shard.write_bytes(b"")
     with pytest.raises(ValueError, match=r"one/shard-00000\.safetensors: missing or damaged"):
