@@ -31,7 +31,7 @@ STUDIES = ("paper", "phase", "information", "self-tuning")
 # Verb -> the module whose function it is, where that is not `specstop.verbs`.
 HOMES = {
     "check": "check", "decode": "decoding", "figures": "figures.make", "import": "traces", "merge": "recording",
-    "record": "recording", "train-head": "heads", "validate": "validation",
+    "record": "recording", "train-head": "heads", "validate": "validation.make",
 }  # fmt: skip
 
 # A package that is missing -> the extra that brings it.

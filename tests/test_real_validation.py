@@ -15,10 +15,12 @@ from mdp.fit import split_requests  # noqa: E402
 from mdp.metrics import Tally  # noqa: E402
 from mdp.trace import load  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
-from specstop import played, three_ways  # noqa: E402
 from specstop.cli import main  # noqa: E402
-from specstop.validation import PROFILES, Settings, Stages, report  # noqa: E402
-from specstop.validation_report import explain  # noqa: E402
+from specstop.validation import policies, three_ways  # noqa: E402
+from specstop.validation.make import validate_pair  # noqa: E402
+from specstop.validation.report import explain  # noqa: E402
+from specstop.validation.settings import PROFILES, Settings  # noqa: E402
+from specstop.validation.stages import Stages  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -30,7 +32,7 @@ RATES = ("throughput", "block_efficiency", "discard_rate", "verification_rate")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation") / "out"
-    report(SMALL, folder)
+    validate_pair(SMALL, folder)
     return folder
 
 
@@ -77,8 +79,8 @@ def test_nothing_is_chosen_on_the_half_that_judges(out, result):
     spoilt = replace(trace, accepted=np.where(judged, False, trace.accepted), features=features)
     chosen = [entry["policy"] for entry in result["policies"]]
     cost = Affine(three_ways.DECLARED, 1.0)
-    assert played.choose(trace, cost, train) == chosen
-    assert played.choose(spoilt, cost, train) == chosen
+    assert policies.choose(trace, cost, train) == chosen
+    assert policies.choose(spoilt, cost, train) == chosen
 
 
 def test_a_killed_run_goes_on(out, result, monkeypatch):
@@ -87,7 +89,7 @@ def test_a_killed_run_goes_on(out, result, monkeypatch):
     (out / "validation.json").unlink()
     decoded, honest = [], realmodels.decode.decode
     monkeypatch.setattr(realmodels.decode, "decode", lambda *a, **k: decoded.append(1) or honest(*a, **k))
-    again = report(replace(SMALL, groups=2), out)
+    again = validate_pair(replace(SMALL, groups=2), out)
     assert len(decoded) == again["pair"]["num_held_out"] and again["pair"]["reused"]
     for one, other in zip(again["policies"], result["policies"], strict=True):
         assert one["replayed"] == other["replayed"] and one["z"] == other["z"]
@@ -132,11 +134,11 @@ def run_one(trace, pair, text):
     """One policy replayed and live on the same prompts."""
     train, test = split_requests(trace)
     cost = Affine(0.22, 1.0)
-    (ready,) = played.make_ready(trace, [text], cost, train)
+    (ready,) = policies.make_ready(trace, [text], cost, train)
     prompts = three_ways.drawn_prompts(pair.vocab_size, trace.num_requests, SMALL.seed)
     sampling = dict(trace.manifest["sampling"]) | {"seed": 9}
-    runs = played.run_live(pair, [prompts[r] for r in test], ready, sampling)
-    return played.replayed(trace, ready, cost, test), runs.tally(cost)
+    runs = policies.run_live(pair, [prompts[r] for r in test], ready, sampling)
+    return policies.replayed(trace, ready, cost, test), runs.tally(cost)
 
 
 def test_a_live_run_that_drops_the_bonus_is_caught(out, pair, monkeypatch):
@@ -152,9 +154,9 @@ def test_a_live_run_that_drops_the_bonus_is_caught(out, pair, monkeypatch):
         ]  # fmt: skip
         return replace(run, rounds=rounds)
 
-    assert abs(played.compare(*run_one(trace, pair, "fixed:2"))["throughput"]) < 3
+    assert abs(policies.compare(*run_one(trace, pair, "fixed:2"))["throughput"]) < 3
     monkeypatch.setattr(realmodels.decode, "decode", short)
-    assert played.compare(*run_one(trace, pair, "fixed:2"))["throughput"] > 3
+    assert policies.compare(*run_one(trace, pair, "fixed:2"))["throughput"] > 3
 
 
 def test_a_live_run_that_drafts_one_too_many_is_caught(out, pair, monkeypatch):
@@ -163,13 +165,13 @@ def test_a_live_run_that_drafts_one_too_many_is_caught(out, pair, monkeypatch):
     trace, replayed = load(out / "trace"), run_one(load(out / "trace"), pair, "fixed:2")[0]
     honest = FixedLength.stop
     monkeypatch.setattr(FixedLength, "stop", lambda self, s, o: honest(replace(self, length=self.length + 1), s, o))
-    z = played.compare(replayed, run_one(trace, pair, "fixed:2")[1])
+    z = policies.compare(replayed, run_one(trace, pair, "fixed:2")[1])
     assert max(map(abs, z.values())) > 3
 
 
 def test_equal_tallies_do_not_differ():
     one = Tally(*(np.array([3, 4]) for _ in range(3)), np.array([1, 2]), np.zeros(2), np.array([2.0, 3.0]))
-    assert played.compare(one, one) == dict.fromkeys(RATES, 0.0)
+    assert policies.compare(one, one) == dict.fromkeys(RATES, 0.0)
 
 
 def test_policies_of_ones_own_and_what_cannot_be_predicted(out, capsys):
@@ -216,7 +218,7 @@ def test_a_trace_of_other_settings_is_not_touched(out, capsys):
 @pytest.mark.slow
 def test_on_the_tiny_pair_all_five_agree_within_a_percent(tmp_path):
     """The sizes of `specstop validate --target tiny`: some minutes."""
-    found = report(Settings(target="tiny", draft="tiny", **PROFILES[True, False]), tmp_path)
+    found = validate_pair(Settings(target="tiny", draft="tiny", **PROFILES[True, False]), tmp_path)
     assert all(entry["predicted"]["with_ends"]["throughput_se"] > 0 for entry in found["policies"])
     assert all(width <= 0.01 for width in found["half_widths"].values())
     assert len(found["policies"]) == 5
@@ -226,6 +228,6 @@ def test_on_the_tiny_pair_all_five_agree_within_a_percent(tmp_path):
 @pytest.mark.slow
 def test_the_open_questions_are_answered(tmp_path):
     settings = Settings(target="tiny", draft="tiny", **PROFILES[True, True])
-    questions = report(settings, tmp_path, quick=True, full=True)["questions"]
+    questions = validate_pair(settings, tmp_path, quick=True, full=True)["questions"]
     assert len(questions) == 3 and all(question["rows"] and question["answer"] for question in questions)
     assert "Open questions" in (tmp_path / "report.md").read_text()

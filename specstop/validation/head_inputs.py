@@ -22,7 +22,7 @@ from mdp.likelihood import full_rounds, seen_score
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, paired, ratio
 from simulate.replay import replay_rounds
-from specstop.played import THRESHOLDS
+from specstop.validation.policies import THRESHOLDS
 
 __all__ = ["LADDER", "ladder"]
 

@@ -10,7 +10,7 @@ the report, so that what differs is acceptance.
 *How do gains move with context length?* The same prompts alone and behind others, recorded anew; acceptance, measured
 times and gains of each.
 
-*What do richer inputs of a head buy?* `specstop.head_inputs`.
+*What do richer inputs of a head buy?* `specstop.validation.head_inputs`.
 
 Recordings are kept in `DIR/full`, answers in `DIR/stages`: a killed run goes on where it was.
 """
@@ -27,7 +27,7 @@ from mdp.fit import fit_signal, split_requests
 from mdp.trace import Trace, load
 from simulate.estimate import Estimate, interval, paired, ratio
 from simulate.replay import measured_cost, replay_rounds
-from specstop.played import SIGNAL, THRESHOLDS, digest
+from specstop.validation.policies import SIGNAL, THRESHOLDS, digest
 
 __all__ = ["Sizes", "answer"]
 
@@ -64,7 +64,7 @@ QUICK = Sizes(num_prompts=8, max_new_tokens=16, num_long=6, contexts=(24,), turn
 
 def answer(work: Any, quick: bool) -> list[dict[str, Any]]:
     """All questions, in the order of the module docstring; a question that cannot be put says why."""
-    from specstop.head_inputs import ladder
+    from specstop.validation.head_inputs import ladder
 
     sizes = QUICK if quick else Sizes()
     work.progress.total_units += work.progress.RECORDED * sizes.num_tokens

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,11 +18,21 @@ from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, ratio
 from simulate.on_processes import Processes, predict, signal_of, with_ends
 from simulate.replay import measured_cost
-from specstop.played import LiveRuns, Ready, choose, compare, digest, make_ready, measures, replayed, run_live
-from specstop.scores import process_entries, training_scores
-
-if TYPE_CHECKING:
-    from specstop.validation import Progress, Settings, Stages
+from specstop.validation.policies import (
+    LiveRuns,
+    Ready,
+    choose,
+    compare,
+    digest,
+    make_ready,
+    measures,
+    replayed,
+    run_live,
+)
+from specstop.validation.processes import process_entries, training_scores
+from specstop.validation.report import explain
+from specstop.validation.settings import Settings
+from specstop.validation.stages import Progress, Stages
 
 __all__ = ["Work", "drawn_prompts"]
 
@@ -40,7 +50,7 @@ def drawn_prompts(vocab_size: int, count: int, seed: int) -> list[list[int]]:
 class Work:
     """What the stages hand on, in their order."""
 
-    def __init__(self, settings: "Settings", stages: "Stages", progress: "Progress", hidden: bool = False):
+    def __init__(self, settings: Settings, stages: Stages, progress: Progress, hidden: bool = False):
         self.settings, self.stages, self.progress, self.hidden = settings, stages, progress, hidden
         self.seconds: dict[str, float] = {}
         self.entries: list[dict[str, Any]] = []
@@ -198,8 +208,6 @@ class Work:
 
     def result(self) -> dict[str, Any]:
         """What `validation.json` holds, the open questions apart."""
-        from specstop.validation_report import explain
-
         manifest, cost = self.trace.manifest, self.cost
         for entry in self.entries:
             entry["differences"] = explain(entry)
