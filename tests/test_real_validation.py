@@ -16,6 +16,7 @@ from mdp.metrics import Tally  # noqa: E402
 from mdp.trace import load  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
 from specstop.cli import main  # noqa: E402
+from specstop.outcome import COST_RATIO  # noqa: E402
 from specstop.validation import policies, three_ways  # noqa: E402
 from specstop.validation.make import validate_pair  # noqa: E402
 from specstop.validation.report import explain  # noqa: E402
@@ -67,7 +68,12 @@ def test_replay_and_live_are_samples_of_one_law(result):
 def test_the_report_can_be_read_alone(out, result):
     text = (out / "report.md").read_text()
     assert all(f"`{entry['policy']}`" in text for entry in result["policies"])
-    assert all(words in text for words in ("predicted", "replayed", "live", "declared", "iid", "Larger differences"))
+    assert all(words in text for words in ("predicted", "replayed", "live", "declared", "iid", "ends of texts"))
+    for entry in result["policies"]:
+        row = next(line for line in text.split("differences are made of")[1].splitlines() if entry["policy"] in line)
+        off, *parts = (float(cell) for cell in row.split("|")[2:6])
+        whole = 100 * (entry["predicted"]["throughput"] / entry["replayed"]["throughput"] - 1)
+        assert off == pytest.approx(whole, abs=0.06) and sum(parts) == pytest.approx(off, abs=0.21)
     assert "nan" not in text and "None" not in text and "inf" not in text
 
 
@@ -78,7 +84,7 @@ def test_nothing_is_chosen_on_the_half_that_judges(out, result):
     features = {key: np.where(judged, values[::-1], values) for key, values in trace.features.items()}
     spoilt = replace(trace, accepted=np.where(judged, False, trace.accepted), features=features)
     chosen = [entry["policy"] for entry in result["policies"]]
-    cost = Affine(three_ways.DECLARED, 1.0)
+    cost = Affine(COST_RATIO, 1.0)
     assert policies.choose(trace, cost, train) == chosen
     assert policies.choose(spoilt, cost, train) == chosen
 

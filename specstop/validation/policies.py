@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,13 @@ from mdp.problem import StoppingProblem
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, paired, ratio
 from simulate.on_processes import RATES
+from simulate.quality import best_of
 from simulate.replay import CHAIN_FIELDS, SIGNAL_FIELDS, check, fitted, replay_rounds
 
-__all__ = ["LiveRuns", "Ready", "choose", "compare", "digest", "make_ready", "measures", "replayed", "run_live"]
+__all__ = [
+    "LiveRuns", "Ready", "choose", "compare", "digest", "make_ready", "measures", "replayed", "run_live",
+    "with_interval",
+]  # fmt: skip
 
 SIGNAL = "draft_prob"
 THRESHOLDS = tuple(f"{h:.2f}" for h in np.arange(0.04, 0.961, 0.04))
@@ -97,15 +101,10 @@ def choose(trace: Trace, cost: Cost, train: Int[np.ndarray, " R"]) -> list[str]:
     The confidence rule's thresholds are the edges of the draft probability's bins: there the fitted chain says exactly
     what the rule does.
     """
-    times = cost.round_times(trace.max_candidates)
     model = fit_signal(trace, SIGNAL, train)
 
-    def best(texts: Sequence[str], reader: SignalModel | None = None) -> str:
-        earned = [
-            replay_rounds(trace, text, cost=cost, model=reader, requests=train.tolist()).tally(times, train)
-            for text in texts
-        ]
-        return texts[int(np.argmax([sums.num_emitted.sum() / sums.time.sum() for sums in earned]))]
+    def best(texts: Iterable[str], reader: SignalModel | None = None) -> str:
+        return best_of(trace, texts, train, cost, reader).policy
 
     edges = np.asarray(model.edges)
     return [
@@ -193,6 +192,11 @@ def measures(tally: Tally, level: float) -> dict[str, Any]:
         "throughput_se": found["throughput"].se,
         **{name: int(np.sum(getattr(tally, name))) for name in COUNTS},
     }
+
+
+def with_interval(estimate: Estimate, count: int, level: float) -> dict[str, Any]:
+    """A value and its interval over `count` requests."""
+    return {"value": estimate.value, "interval": list(interval(estimate, count, level))}
 
 
 def compare(first: Tally, second: Tally) -> dict[str, float]:

@@ -25,9 +25,10 @@ import numpy as np
 from mdp.cost import Cost
 from mdp.fit import fit_signal, split_requests
 from mdp.trace import Trace, load
-from simulate.estimate import Estimate, interval, paired, ratio
-from simulate.replay import measured_cost, replay_rounds
-from specstop.validation.policies import SIGNAL, THRESHOLDS, digest
+from simulate.estimate import Estimate, paired, ratio
+from simulate.quality import best_of, best_on, earned
+from simulate.replay import measured_cost
+from specstop.validation.policies import SIGNAL, THRESHOLDS, digest, with_interval
 
 __all__ = ["Sizes", "answer"]
 
@@ -117,29 +118,20 @@ def _own_and_common(trace: Trace, cost: Cost, rule: str, common: dict[str, str],
     train, test = split_requests(trace)
     model = fit_signal(trace, SIGNAL, train)
     pattern, grid = RULES[rule]
-    times = cost.round_times(trace.max_candidates)
-
-    def tally(text: str, requests: np.ndarray) -> Any:
-        reader = model if "signal" in text else None
-        return replay_rounds(trace, text, cost=cost, model=reader, requests=requests.tolist()).tally(times, requests)
-
-    def best(texts: Sequence[str]) -> int:
-        earned = [tally(text, train) for text in texts]
-        return int(np.argmax([sums.num_emitted.sum() / sums.time.sum() for sums in earned]))
-
-    own = grid[best([pattern.format(value) for value in grid])]
+    reader = model if "signal" in pattern else None
+    values = {pattern.format(value): value for value in grid}
+    own = values[best_of(trace, values, train, cost, reader).policy]
     shared = common.setdefault(rule, own)
-    length = best([f"fixed:{k}" for k in range(trace.max_candidates + 1)])
-    mine, theirs, fixed = (
-        tally(text, test) for text in (pattern.format(own), pattern.format(shared), f"fixed:{length}")
-    )
+    mine, theirs = (earned(trace, pattern.format(value), test, cost, reader).tally for value in (own, shared))
+    best_fixed = best_on(trace, [f"fixed:{k}" for k in range(trace.max_candidates + 1)], train, test, cost)
+    fixed = best_fixed.tally
     return {
         "own threshold": own,
         "common threshold": shared,
-        "own": _shown(ratio(mine.num_emitted, mine.time), len(test), level),
-        "common": _shown(ratio(theirs.num_emitted, theirs.time), len(test), level),
+        "own": with_interval(ratio(mine.num_emitted, mine.time), len(test), level),
+        "common": with_interval(ratio(theirs.num_emitted, theirs.time), len(test), level),
         "lost by the common one": _relative(mine, theirs, len(test), level),
-        "best fixed": f"fixed:{length}",
+        "best fixed": best_fixed.policy,
         "own over best fixed": _relative(mine, fixed, len(test), level, of_second=True),
     }
 
@@ -149,11 +141,7 @@ def _relative(first: Any, second: Any, count: int, level: float, of_second: bool
     whole = second if of_second else first
     scale = float(whole.num_emitted.sum() / whole.time.sum())
     difference = paired(first, second)
-    return _shown(Estimate(difference.value / scale, difference.se / scale), count, level)
-
-
-def _shown(estimate: Estimate, count: int, level: float) -> dict[str, Any]:
-    return {"value": estimate.value, "interval": list(interval(estimate, count, level))}
+    return with_interval(Estimate(difference.value / scale, difference.se / scale), count, level)
 
 
 def _one_threshold(rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> str:
@@ -269,7 +257,7 @@ def _of_context(trace: Trace, cost: Cost, prompts: Sequence[Sequence[int]], leve
     own = _own_and_common(trace, times, "rejection", {}, level)
     return {
         "context": f"{np.mean([len(prompt) for prompt in prompts]):.0f} tokens",
-        "acceptance": _shown(acceptance, trace.num_requests, level),
+        "acceptance": with_interval(acceptance, trace.num_requests, level),
         "V(4)/V(0), measured": float(verify[min(4, len(verify) - 1)] / verify[0]),
         "draft step/V(0), measured": float(times.draft_time / verify[0]),
         "V(0), s": float(verify[0]),

@@ -18,6 +18,7 @@ from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, ratio
 from simulate.on_processes import Processes, predict, signal_of, with_ends
 from simulate.replay import measured_cost
+from specstop.outcome import COST_RATIO
 from specstop.validation.policies import (
     LiveRuns,
     Ready,
@@ -28,16 +29,13 @@ from specstop.validation.policies import (
     measures,
     replayed,
     run_live,
-)
+)  # fmt: skip
 from specstop.validation.processes import process_entries, training_scores
 from specstop.validation.report import explain
 from specstop.validation.settings import Settings
 from specstop.validation.stages import Progress, Stages
 
 __all__ = ["Work", "drawn_prompts"]
-
-DECLARED = 0.22
-"""Time of a draft step in target calls where the draft takes the target's own time: that of SpecDec++'s pairs."""
 
 SIGNALS = ("draft_prob", "top_prob", "entropy", "token_accept_prob")
 
@@ -105,7 +103,7 @@ class Work:
         self.train, self.test = split_requests(trace)
         self.origin = "declared"
         if cost is None and not measured and trace.manifest.get("draft_is_target_time"):
-            cost = Affine(draft_time=DECLARED, verify_time=1.0)
+            cost = Affine(draft_time=COST_RATIO, verify_time=1.0)
         if cost is None:
             cost, self.origin = measured_cost(trace), "measured"
         cost.verify_times(trace.max_candidates)  # a table that is too short is refused now
@@ -157,7 +155,7 @@ class Work:
         for name in names:
             try:
                 good.append(predict(self.fits, name, ready.spec, ready.rule, self.cost, self.trace.max_candidates))
-            except (ValueError, KeyError) as error:  # a tree too large, times that a persistent process cannot have
+            except ValueError as error:  # a tree too large, times that a persistent process cannot have
                 bad.append({"process": name, "why": str(error)})
         entries = [prediction.to_dict(self.settings.level) for prediction in good]
         if not entries:
