@@ -143,8 +143,17 @@ def run_one(trace, pair, text):
     (ready,) = policies.make_ready(trace, [text], cost, train)
     prompts = three_ways.drawn_prompts(pair.vocab_size, trace.num_requests, SMALL.seed)
     sampling = dict(trace.manifest["sampling"]) | {"seed": 9}
-    runs = policies.run_live(pair, [prompts[r] for r in test], ready, sampling)
+    runs = policies.run_live(pair, [prompts[r] for r in test], ready, cost, sampling)
     return policies.replayed(trace, ready, cost, test), runs.tally(cost)
+
+
+@pytest.mark.parametrize("text", ["banditspec", "selftuned:signal=draft_prob"])
+def test_rules_told_of_times_are_told_the_same_live_as_in_replay(out, pair, text):
+    """By the clock no two live runs would be the same, and neither would be a sample of what is replayed."""
+    trace = load(out / "trace")
+    (one, live), (_, again) = (run_one(trace, pair, text) for _ in range(2))
+    assert live.num_drafted.tolist() == again.num_drafted.tolist()
+    assert max(map(abs, policies.compare(one, live).values())) < 4
 
 
 def test_a_live_run_that_drops_the_bonus_is_caught(out, pair, monkeypatch):

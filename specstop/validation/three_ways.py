@@ -197,10 +197,11 @@ class Work:
             done += 1
             self.progress.tell(f"live, {ready.text}: {done} of {len(prompts)} requests", tokens)
 
-        key = digest(ready.text, vars(ready.rule), ready.model and ready.model.to_dict(), sampling, prompts,
+        times = [self.cost.draft_time, self.cost.verify_times(self.trace.max_candidates)] if ready.timed else []
+        key = digest(ready.text, vars(ready.rule), ready.model and ready.model.to_dict(), sampling, prompts, times,
                      dict(self.trace.manifest["models"]))  # fmt: skip
         runs = self.stages.get(
-            f"live-{key}", key, lambda: run_live(self.pair, prompts, ready, sampling, tell).to_dict()
+            f"live-{key}", key, lambda: run_live(self.pair, prompts, ready, self.cost, sampling, tell).to_dict()
         )
         return LiveRuns.from_dict(runs)
 
