@@ -94,7 +94,7 @@ def validate_pair(
     folder = Path(trace) if trace is not None else out / "trace"
     held = _held(settings, folder, given=trace is not None)
     out.mkdir(parents=True, exist_ok=True)
-    work = Work(settings, Stages(out / "stages"), Progress(settings.num_prompts * settings.max_new_tokens), full)
+    work = Work(settings, Stages(out / "stages"), Progress(), full)
     with work.stage("load"):
         work.load(held)
     with work.stage("record"):

@@ -68,7 +68,7 @@ def answer(work: Any, quick: bool) -> list[dict[str, Any]]:
     from specstop.validation.head_inputs import ladder
 
     sizes = QUICK if quick else Sizes()
-    work.progress.total_units += work.progress.RECORDED * sizes.num_tokens
+    work.progress.expect(work.progress.RECORDED * sizes.num_tokens)
     key = digest(asdict(work.settings), asdict(sizes), work.cost.verify_times(work.trace.max_candidates),
                  work.cost.draft_time, work.trace.manifest["shards"])  # fmt: skip
     asked: dict[str, Callable[[], Any]] = {

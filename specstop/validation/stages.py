@@ -21,15 +21,15 @@ class Progress:
     Work is counted in tokens: a recorded one counts `RECORDED`, a live one 1.
     """
 
-    tokens: int
     start: float = field(default_factory=time.perf_counter)
     done_units: float = 0.0
     total_units: float = 0.0
 
     RECORDED = 1.5
 
-    def __post_init__(self) -> None:
-        self.total_units = self.RECORDED * self.tokens + 5 * self.tokens / 2
+    def expect(self, units: float) -> None:
+        """So much more is to be done than was known."""
+        self.total_units += units
 
     def tell(self, what: str, units: float = 0.0) -> None:
         self.done_units += units

@@ -1,11 +1,9 @@
 """The stages of a validation, in their order; what each finds is there for the next."""
 
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, ratio
 from simulate.on_processes import Processes, predict, signal_of, with_ends
 from simulate.replay import measured_cost
-from specstop.outcome import COST_RATIO
+from specstop.outcome import COST_RATIO, versions
 from specstop.validation.policies import (
     LiveRuns,
     Ready,
@@ -37,6 +35,7 @@ from specstop.validation.stages import Progress, Stages
 
 __all__ = ["Work", "drawn_prompts"]
 
+NUM_CHOSEN = 5  # policies that are chosen where none are named
 SIGNALS = ("draft_prob", "top_prob", "entropy", "token_accept_prob")
 
 
@@ -50,6 +49,8 @@ class Work:
 
     def __init__(self, settings: Settings, stages: Stages, progress: Progress, hidden: bool = False):
         self.settings, self.stages, self.progress, self.hidden = settings, stages, progress, hidden
+        self.num_tokens = settings.num_prompts * settings.max_new_tokens
+        self.progress.expect(NUM_CHOSEN * self.num_tokens / 2)
         self.seconds: dict[str, float] = {}
         self.entries: list[dict[str, Any]] = []
 
@@ -90,6 +91,7 @@ class Work:
             self.progress.tell(f"recording: {done} of {len(self.prompts)} requests", units)
 
         if held is None:
+            self.progress.expect(self.progress.RECORDED * self.num_tokens)
             held = record(self.pair, self.prompts, folder, **settings.sampling, batch_size=settings.batch_size,
                           shard_size=max(64, 4 * settings.batch_size), timing_repeats=settings.timing_repeats,
                           store_hidden=self.hidden, progress=tell)  # fmt: skip
@@ -110,6 +112,7 @@ class Work:
         self.cost = cost
         texts = choose(trace, cost, self.train) if policies is None else list(policies)
         self.ready = make_ready(trace, texts, cost, self.train)
+        self.progress.expect((len(self.ready) - NUM_CHOSEN) * self.num_tokens / 2)
         self.num_regimes, self.regime_scores = choose_regimes(trace, self.train)
         held = [name for name in SIGNALS if name in trace.rollout_features]
         self.fits = Processes.fit(trace, self.train, tuple(held), self.num_regimes, self.settings.groups,
@@ -229,7 +232,7 @@ class Work:
             "policies": self.entries,
             "half_widths": _half_widths(self.entries),
             "seconds": self.seconds,
-            "versions": _versions(),
+            "versions": versions(),
         }  # fmt: skip
 
 
@@ -273,13 +276,3 @@ class Timer:
 
     def __exit__(self, *error: object) -> None:
         self.work.seconds[self.name] = time.perf_counter() - self.start
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("specstop", "numpy", "scipy", "jax", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
