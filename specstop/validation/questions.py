@@ -108,7 +108,7 @@ def _thresholds(work: Any, sizes: Sizes) -> dict[str, Any]:
             for rule in RULES:
                 row = _own_and_common(trace, work.cost, rule, common, settings.level)
                 rows.append({"draft": draft, "prompts": source, "rule": rule,
-                             "acceptance": float(trace.manifest["mean_acceptance"])} | row)  # fmt: skip
+                             "acceptance": _acceptance(trace, settings.level)} | row)  # fmt: skip
     return {"question": "Does one threshold suit several pairs and prompt sets?",
             "answer": _one_threshold(rows, refused), "rows": rows}  # fmt: skip
 
@@ -134,6 +134,13 @@ def _own_and_common(trace: Trace, cost: Cost, rule: str, common: dict[str, str],
         "best fixed": best_fixed.policy,
         "own over best fixed": _relative(mine, fixed, len(test), level, of_second=True),
     }
+
+
+def _acceptance(trace: Trace, level: float) -> dict[str, Any]:
+    """Mean probability that the draft's next token is accepted, over all positions of the recording."""
+    owner = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
+    sums = np.bincount(owner, weights=trace.features["step_accept_prob"].astype(float))
+    return with_interval(ratio(sums, np.diff(trace.offsets)), trace.num_requests, level)
 
 
 def _relative(first: Any, second: Any, count: int, level: float, of_second: bool = False) -> dict[str, Any]:
@@ -164,7 +171,8 @@ def _one_threshold(rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> st
         )
     parts.append(
         "A threshold that was best on a few training requests is noise in part: a negative loss means that the common "
-        "one was the better one on the requests that judge."
+        "one was the better one on the requests that judge. All under the times of this report, so that cases differ "
+        "in acceptance alone; a draft that is really cheaper, as prompt lookup is, would earn more than shown."
     )
     if refused:
         parts.append(f"Not tried: {'; '.join(refused)}.")
@@ -250,14 +258,10 @@ def _of_context(trace: Trace, cost: Cost, prompts: Sequence[Sequence[int]], leve
     of_report = _own_and_common(trace, cost, "rejection", {}, level)
     times = measured_cost(trace)
     verify = times.verify_times(trace.max_candidates)
-    runs_of = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
-    acceptance = ratio(
-        np.bincount(runs_of, weights=trace.features["step_accept_prob"].astype(float)), np.diff(trace.offsets)
-    )
     own = _own_and_common(trace, times, "rejection", {}, level)
     return {
         "context": f"{np.mean([len(prompt) for prompt in prompts]):.0f} tokens",
-        "acceptance": with_interval(acceptance, trace.num_requests, level),
+        "acceptance": _acceptance(trace, level),
         "V(4)/V(0), measured": float(verify[min(4, len(verify) - 1)] / verify[0]),
         "draft step/V(0), measured": float(times.draft_time / verify[0]),
         "V(0), s": float(verify[0]),

@@ -289,7 +289,8 @@ def _questions(result: Mapping[str, Any]) -> list[str]:
         return []
     level = f"{100 * result['settings']['level']:g} %"
     parts = ["## Open questions", "Replayed: thresholds and lengths are chosen on the training half of each recording, "
-             f"figures are of its judging half, with {level} intervals clustered by request."]  # fmt: skip
+             f"figures are of its judging half, with {level} intervals clustered by request. "
+             "Losses and gains over the best fixed length are shares of the throughput: 0.05 is 5 %."]  # fmt: skip
     for question in result["questions"]:
         parts.append(f"### {question['question']}")
         parts.append(question["answer"])
