@@ -194,7 +194,8 @@ def fit_chain(trace: Trace, signal: str, requests: Int[np.ndarray, " R"], edges:
     features = {} if signal == PERFECT else {signal: shown}
     process = SignalChain(model.transition, model.regime_accept_prob, np.eye(size)[0], features)
     seen = (model.regime_accept_prob * weight + 0.5) / (weight + 1.0)
-    return Fitted(f"signal_chain:{signal}", process, (size - 1) * size, model=model, seen=seen)
+    free = size * (size - 2) + size - 1  # no law leads back to the start; the start's acceptance is never used
+    return Fitted(f"signal_chain:{signal}", process, free, model=model, seen=seen)
 
 
 def _share(part: Any, whole: Any) -> float:

@@ -127,7 +127,7 @@ class Overview(NamedTuple):
 
 
 def overview(settings: Settings) -> Overview:
-    """Solve and compare; deterministic, a few milliseconds.
+    """Solve and compare; deterministic, some ten milliseconds.
 
     Example:
         >>> found = overview(Settings(mean=0.8, dispersion=0.0, draft_time=10.0, verify_time=50.0))

@@ -46,7 +46,7 @@ class Processes:
 
     Attributes:
         whole: by name.
-        without: one mapping a group; a process that is slow to fit may be missing there, and has no interval.
+        without: one mapping a group, with the same names.
     """
 
     whole: dict[str, Fitted]
@@ -120,7 +120,7 @@ def predict(
     """The policy under the process `name`; `rule` is the spec's, solved if it has to be.
 
     Raises:
-        ValueError: if the process cannot say what the policy would earn.
+        ValueError: if there is no such process, or it cannot say what the policy would earn.
     """
     bare = replace(spec, policy=rule, signal=None)
 
@@ -128,11 +128,9 @@ def predict(
         found: Evaluation = evaluate(fitted.problem(cost, max_candidates), bare)
         return {"throughput": found.throughput} | {key: float(getattr(found.tally, key)) for key in RATES[1:]}
 
-    whole = values(fits.whole[name])
-    try:
-        parts = [values(fitted[name]) for fitted in fits.without if name in fitted]
-    except ValueError:
-        parts = []
+    if name not in fits.whole:
+        raise ValueError(f"no process {name} was fitted")
+    whole, parts = values(fits.whole[name]), [values(fitted[name]) for fitted in fits.without]
     return Prediction(name, whole, {key: _jackknife([part[key] for part in parts]) for key in RATES}, len(parts))
 
 

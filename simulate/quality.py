@@ -19,13 +19,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mdp.cost import Cost
-from mdp.fit import PERFECT, position_signal
+from mdp.fit import PERFECT, SignalModel, position_signal
 from mdp.metrics import Tally
 from mdp.trace import Trace
 from simulate.estimate import Estimate, ratio
 from simulate.replay import replay_rounds
 
-__all__ = ["Earned", "Quality", "best_on", "earned", "on_path", "quality", "reliability"]
+__all__ = ["Earned", "Quality", "best_of", "best_on", "earned", "on_path", "quality", "reliability"]
 
 NUM_BINS = 10
 RESAMPLES = 200
@@ -127,16 +127,25 @@ def reliability(predicted: Float[np.ndarray, " n"], accept_prob: Float[np.ndarra
     return _bins(np.asarray(predicted)[order], np.asarray(accept_prob)[order], np.ones(len(order)))
 
 
-def earned(trace: Trace, policy: str, requests: Int[np.ndarray, " r"], cost: Cost) -> Earned:
-    """What one policy earns on some requests."""
-    log = replay_rounds(trace, policy, cost=cost, requests=requests.tolist())
+def earned(
+    trace: Trace, policy: str, requests: Int[np.ndarray, " r"], cost: Cost, model: SignalModel | None = None
+) -> Earned:
+    """What one policy earns on some requests; `model` of its signal, None fits it on the training half."""
+    log = replay_rounds(trace, policy, cost=cost, model=model, requests=requests.tolist())
     tally = log.tally(cost.round_times(trace.max_candidates), np.unique(requests))
     return Earned(policy, ratio(tally.num_emitted, tally.time), tally)
 
 
-def best_on(
-    trace: Trace, policies: Iterable[str], train: Int[np.ndarray, " r"], test: Int[np.ndarray, " q"], cost: Cost
+def best_of(
+    trace: Trace, policies: Iterable[str], requests: Int[np.ndarray, " r"], cost: Cost, model: SignalModel | None = None
 ) -> Earned:
-    """The policy that earns most on `train`, and what it earns on `test`; of equals the first."""
-    best = max(policies, key=lambda text: earned(trace, text, train, cost).throughput.value)
-    return earned(trace, best, test, cost)
+    """The policy that earns most on these requests, of equals the first."""
+    return max((earned(trace, text, requests, cost, model) for text in policies), key=lambda x: x.throughput.value)
+
+
+def best_on(
+    trace: Trace, policies: Iterable[str], train: Int[np.ndarray, " r"], test: Int[np.ndarray, " q"], cost: Cost,
+    model: SignalModel | None = None,
+) -> Earned:  # fmt: skip
+    """The policy that earns most on `train`, and what it earns on `test`."""
+    return earned(trace, best_of(trace, policies, train, cost, model).policy, test, cost, model)

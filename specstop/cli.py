@@ -27,7 +27,7 @@ BROKEN_PIPE = 141  # what a shell reports for a process that SIGPIPE ended
 # Verb -> the module whose function it is, where that is not `specstop.verbs`.
 HOMES = {
     "check": "check", "decode": "decoding", "figures": "figures.make", "import": "traces", "merge": "recording",
-    "record": "recording", "train-head": "heads", "validate": "validation",
+    "record": "recording", "train-head": "heads", "validate": "validation.make",
 }  # fmt: skip
 
 # A package that is missing -> the extra that brings it.

@@ -1,7 +1,6 @@
 """What a demo is made of and what it found: settings, and an outcome that is filled stage by stage."""
 
 import platform
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,7 +11,7 @@ from mdp.trace import Trace
 from simulate.estimate import Comparison, TraceComparison
 from specstop.output import jsonable
 
-__all__ = ["COST_RATIO", "FULL", "QUICK", "REGIMES", "Live", "Outcome", "Settings"]
+__all__ = ["COST_RATIO", "FULL", "QUICK", "REGIMES", "Live", "Outcome", "Settings", "versions"]
 
 COST_RATIO = 0.22
 """Declared time of a draft step in target calls: that of SpecDec++'s pairs (arXiv 2405.19715)."""
@@ -95,7 +94,7 @@ class Outcome:
             "cost": {"declared": {"kind": "affine", "draft_time": COST_RATIO, "verify_time": 1.0},
                      "measured": manifest["measured"]},
             "seconds": self.seconds,
-            "versions": _versions(),
+            "versions": versions(),
             "problem": self.problem.to_dict(),
             "solution": self.solution.to_dict(),
             "predicted": [entry.to_dict() for entry in self.exact],
@@ -104,7 +103,8 @@ class Outcome:
         })  # fmt: skip
 
 
-def _versions() -> Mapping[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results depend on."""
     found = {"python": platform.python_version()}
     for name in ("specstop", "numpy", "scipy", "jax", "torch", "transformers", "matplotlib"):
         try:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import secrets
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -59,13 +58,9 @@ def _cell(value: Any) -> str:
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    from mdp.trace import atomic_write
+
+    atomic_write(path, text.encode())
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:

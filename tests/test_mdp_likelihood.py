@@ -197,6 +197,7 @@ def test_a_chain_shows_what_its_bins_hold(regimes):
     shown = fitted.acceptance.features()["draft_prob"]
     assert fitted.signal == "draft_prob" and shown[1:].tolist() == pytest.approx([0.3, 0.9], rel=1e-6)
     assert fitted.acceptance.accept_prob[1:] == pytest.approx([0.3, 0.9], rel=1e-6)
+    assert fitted.num_parameters == 3 * 1 + 2  # three laws over two bins, two acceptances
 
 
 def test_counts_have_no_run_lengths(regimes):

@@ -15,10 +15,13 @@ from mdp.fit import split_requests  # noqa: E402
 from mdp.metrics import Tally  # noqa: E402
 from mdp.trace import load  # noqa: E402
 from realmodels.pair import load_pair  # noqa: E402
-from specstop import played, three_ways  # noqa: E402
 from specstop.cli import main  # noqa: E402
-from specstop.validation import PROFILES, Settings, Stages, report  # noqa: E402
-from specstop.validation_report import explain  # noqa: E402
+from specstop.outcome import COST_RATIO  # noqa: E402
+from specstop.validation import policies, three_ways  # noqa: E402
+from specstop.validation.make import validate_pair  # noqa: E402
+from specstop.validation.report import explain  # noqa: E402
+from specstop.validation.settings import PROFILES, Settings  # noqa: E402
+from specstop.validation.stages import Stages  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -30,7 +33,7 @@ RATES = ("throughput", "block_efficiency", "discard_rate", "verification_rate")
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("validation") / "out"
-    report(SMALL, folder)
+    validate_pair(SMALL, folder)
     return folder
 
 
@@ -65,7 +68,12 @@ def test_replay_and_live_are_samples_of_one_law(result):
 def test_the_report_can_be_read_alone(out, result):
     text = (out / "report.md").read_text()
     assert all(f"`{entry['policy']}`" in text for entry in result["policies"])
-    assert all(words in text for words in ("predicted", "replayed", "live", "declared", "iid", "Larger differences"))
+    assert all(words in text for words in ("predicted", "replayed", "live", "declared", "iid", "ends of texts"))
+    for entry in result["policies"]:
+        row = next(line for line in text.split("differences are made of")[1].splitlines() if entry["policy"] in line)
+        off, *parts = (float(cell) for cell in row.split("|")[2:6])
+        whole = 100 * (entry["predicted"]["throughput"] / entry["replayed"]["throughput"] - 1)
+        assert off == pytest.approx(whole, abs=0.06) and sum(parts) == pytest.approx(off, abs=0.21)
     assert "nan" not in text and "None" not in text and "inf" not in text
 
 
@@ -76,9 +84,9 @@ def test_nothing_is_chosen_on_the_half_that_judges(out, result):
     features = {key: np.where(judged, values[::-1], values) for key, values in trace.features.items()}
     spoilt = replace(trace, accepted=np.where(judged, False, trace.accepted), features=features)
     chosen = [entry["policy"] for entry in result["policies"]]
-    cost = Affine(three_ways.DECLARED, 1.0)
-    assert played.choose(trace, cost, train) == chosen
-    assert played.choose(spoilt, cost, train) == chosen
+    cost = Affine(COST_RATIO, 1.0)
+    assert policies.choose(trace, cost, train) == chosen
+    assert policies.choose(spoilt, cost, train) == chosen
 
 
 def test_a_killed_run_goes_on(out, result, monkeypatch):
@@ -87,7 +95,7 @@ def test_a_killed_run_goes_on(out, result, monkeypatch):
     (out / "validation.json").unlink()
     decoded, honest = [], realmodels.decode.decode
     monkeypatch.setattr(realmodels.decode, "decode", lambda *a, **k: decoded.append(1) or honest(*a, **k))
-    again = report(replace(SMALL, groups=2), out)
+    again = validate_pair(replace(SMALL, groups=2), out)
     assert len(decoded) == again["pair"]["num_held_out"] and again["pair"]["reused"]
     for one, other in zip(again["policies"], result["policies"], strict=True):
         assert one["replayed"] == other["replayed"] and one["z"] == other["z"]
@@ -132,11 +140,20 @@ def run_one(trace, pair, text):
     """One policy replayed and live on the same prompts."""
     train, test = split_requests(trace)
     cost = Affine(0.22, 1.0)
-    (ready,) = played.make_ready(trace, [text], cost, train)
+    (ready,) = policies.make_ready(trace, [text], cost, train)
     prompts = three_ways.drawn_prompts(pair.vocab_size, trace.num_requests, SMALL.seed)
     sampling = dict(trace.manifest["sampling"]) | {"seed": 9}
-    runs = played.run_live(pair, [prompts[r] for r in test], ready, sampling)
-    return played.replayed(trace, ready, cost, test), runs.tally(cost)
+    runs = policies.run_live(pair, [prompts[r] for r in test], ready, cost, sampling)
+    return policies.replayed(trace, ready, cost, test), runs.tally(cost)
+
+
+@pytest.mark.parametrize("text", ["banditspec", "selftuned:signal=draft_prob"])
+def test_rules_told_of_times_are_told_the_same_live_as_in_replay(out, pair, text):
+    """By the clock no two live runs would be the same, and neither would be a sample of what is replayed."""
+    trace = load(out / "trace")
+    (one, live), (_, again) = (run_one(trace, pair, text) for _ in range(2))
+    assert live.num_drafted.tolist() == again.num_drafted.tolist()
+    assert max(map(abs, policies.compare(one, live).values())) < 4
 
 
 def test_a_live_run_that_drops_the_bonus_is_caught(out, pair, monkeypatch):
@@ -152,9 +169,9 @@ def test_a_live_run_that_drops_the_bonus_is_caught(out, pair, monkeypatch):
         ]  # fmt: skip
         return replace(run, rounds=rounds)
 
-    assert abs(played.compare(*run_one(trace, pair, "fixed:2"))["throughput"]) < 3
+    assert abs(policies.compare(*run_one(trace, pair, "fixed:2"))["throughput"]) < 3
     monkeypatch.setattr(realmodels.decode, "decode", short)
-    assert played.compare(*run_one(trace, pair, "fixed:2"))["throughput"] > 3
+    assert policies.compare(*run_one(trace, pair, "fixed:2"))["throughput"] > 3
 
 
 def test_a_live_run_that_drafts_one_too_many_is_caught(out, pair, monkeypatch):
@@ -163,13 +180,13 @@ def test_a_live_run_that_drafts_one_too_many_is_caught(out, pair, monkeypatch):
     trace, replayed = load(out / "trace"), run_one(load(out / "trace"), pair, "fixed:2")[0]
     honest = FixedLength.stop
     monkeypatch.setattr(FixedLength, "stop", lambda self, s, o: honest(replace(self, length=self.length + 1), s, o))
-    z = played.compare(replayed, run_one(trace, pair, "fixed:2")[1])
+    z = policies.compare(replayed, run_one(trace, pair, "fixed:2")[1])
     assert max(map(abs, z.values())) > 3
 
 
 def test_equal_tallies_do_not_differ():
     one = Tally(*(np.array([3, 4]) for _ in range(3)), np.array([1, 2]), np.zeros(2), np.array([2.0, 3.0]))
-    assert played.compare(one, one) == dict.fromkeys(RATES, 0.0)
+    assert policies.compare(one, one) == dict.fromkeys(RATES, 0.0)
 
 
 def test_policies_of_ones_own_and_what_cannot_be_predicted(out, capsys):
@@ -216,7 +233,7 @@ def test_a_trace_of_other_settings_is_not_touched(out, capsys):
 @pytest.mark.slow
 def test_on_the_tiny_pair_all_five_agree_within_a_percent(tmp_path):
     """The sizes of `specstop validate --target tiny`: some minutes."""
-    found = report(Settings(target="tiny", draft="tiny", **PROFILES[True, False]), tmp_path)
+    found = validate_pair(Settings(target="tiny", draft="tiny", **PROFILES[True, False]), tmp_path)
     assert all(entry["predicted"]["with_ends"]["throughput_se"] > 0 for entry in found["policies"])
     assert all(width <= 0.01 for width in found["half_widths"].values())
     assert len(found["policies"]) == 5
@@ -226,6 +243,6 @@ def test_on_the_tiny_pair_all_five_agree_within_a_percent(tmp_path):
 @pytest.mark.slow
 def test_the_open_questions_are_answered(tmp_path):
     settings = Settings(target="tiny", draft="tiny", **PROFILES[True, True])
-    questions = report(settings, tmp_path, quick=True, full=True)["questions"]
+    questions = validate_pair(settings, tmp_path, quick=True, full=True)["questions"]
     assert len(questions) == 3 and all(question["rows"] and question["answer"] for question in questions)
     assert "Open questions" in (tmp_path / "report.md").read_text()

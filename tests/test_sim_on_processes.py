@@ -83,6 +83,11 @@ def test_what_no_process_expresses(text, why):
         signal_of(spec, spec.policy)
 
 
+def test_a_process_that_was_not_fitted_is_named(fits):
+    with pytest.raises(ValueError, match="no process signal_chain:head was fitted"):
+        value(fits, "fixed:2", "signal_chain:head")
+
+
 def test_a_process_that_persists_refuses_times_that_fall(fits):
     falling = Table(0.1, np.array([1.0, 1.0, 0.2, 0.2, 0.2]))
     with pytest.raises(ValueError, match="non-decreasing"):

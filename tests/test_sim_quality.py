@@ -10,7 +10,7 @@ from mdp.cost import Affine
 from mdp.fit import SignalModel, fit_signal, split_requests
 from mdp.policy import RejectionThreshold
 from mdp.rules.heads import SpecDecPP
-from simulate.quality import best_on, earned, on_path, quality, reliability
+from simulate.quality import best_of, best_on, earned, on_path, quality, reliability
 from simulate.replay import replay, replay_rounds
 
 
@@ -128,6 +128,16 @@ def test_what_is_no_probability_is_refused(m):
         quality(m, np.full(len(m), 0.5), np.arange(len(m)))
 
 
+def test_the_signals_model_may_be_given(recorded):
+    train, test = split_requests(recorded)
+    cost, rule = Affine(0.2, 1.0), "rejection:0.4,signal=draft_prob"
+    model = fit_signal(recorded, "draft_prob", train)
+    own, given = (earned(recorded, rule, test, cost, m).tally.num_drafted for m in (None, model))
+    assert own.tolist() == given.tolist()
+    trusting = SignalModel("draft_prob", knots=np.array([0.0, 1.0]), levels=np.array([1.0, 1.0]))
+    assert earned(recorded, rule, test, cost, trusting).tally.num_drafted.sum() > given.sum()
+
+
 def test_the_best_is_chosen_on_one_half_and_judged_on_the_other(recorded):
     train, test = split_requests(recorded)
     cost, lengths = Affine(0.2, 1.0), [f"fixed:{k}" for k in range(9)]
@@ -136,5 +146,6 @@ def test_the_best_is_chosen_on_one_half_and_judged_on_the_other(recorded):
     assert best.policy == lengths[int(np.argmax(on_train))]
     wanted = replay(recorded, [best.policy], cost=cost).policies[0]
     assert len(best.tally.time) == len(test)
+    assert best_of(recorded, lengths, train, cost).throughput.value == max(on_train)
     alone = earned(recorded, best.policy, np.arange(recorded.num_requests), cost)
     assert alone.throughput.value == pytest.approx(wanted.throughput.value)

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Int
 
 from mdp.fit import PERFECT, position_signal
-from mdp.fit_processes import Fitted, beta_cells, fit_hidden, fit_iid, fit_position, held_cells
+from mdp.fit_processes import MOST_TEXTS, Fitted, beta_cells, fit_hidden, fit_iid, fit_position, held_cells
 from mdp.likelihood import Score, cell_score, full_rounds, seen_score
 from mdp.trace import Trace
 from simulate.estimate import Estimate, ratio
@@ -36,6 +36,7 @@ def process_entries(
             "sees": fitted.signal,
             "parameters": fitted.parameters(),
             "num_parameters": fitted.num_parameters,
+            "num_requests": min(len(train), MOST_TEXTS) if name == "markov_modulated" else len(train),
             "num_tested": int(score.num_tested.sum()),
             **_named("heldout_loglik", "se", ratio(*score)),
             "over_iid": _named("value", "se", _difference(score, iid)),

@@ -1,16 +1,16 @@
 r"""What richer inputs buy an acceptance head: a ladder of logistic regressions on one trace.
 
 Each rung predicts the acceptance of a candidate from more than the one below, by $\sigma(w \cdot f + b)$ on
-standardised inputs, least cross-entropy on `token_accept_prob` (a soft label) over the training half's positions, with
-a quadratic penalty that the training half chooses between two halves of itself. Linear on purpose: what is compared are
-inputs, and requests are few; the two rungs at the top are the residual heads of `realmodels.head_training` for
-comparison. Scores are of the judging half: log score per tested candidate (`mdp.likelihood`), and
-what `rejection` earns when it reads this head, threshold chosen on the training half.
+standardised inputs (log-odds of probabilities, the log of an entropy, hidden states as they are), least cross-entropy
+on `token_accept_prob` (a soft label) over the training half's positions, with a quadratic penalty that the training
+half chooses between two halves of itself. Linear on purpose: what is compared are inputs, and requests are few; the two
+rungs at the top are the residual heads of `realmodels.head_training` for comparison. Scores are of the judging half:
+log score per tested candidate (`mdp.likelihood`), and what `rejection` earns when it reads this head, threshold chosen
+on the training half.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ from jaxtyping import Float, Int
 from mdp.cost import Cost
 from mdp.fit import PERFECT, fit_signal, position_signal
 from mdp.likelihood import full_rounds, seen_score
+from mdp.metrics import Tally
 from mdp.trace import Trace
-from simulate.estimate import Estimate, interval, paired, ratio
-from simulate.replay import replay_rounds
-from specstop.played import THRESHOLDS
+from simulate.estimate import paired, ratio
+from simulate.quality import best_on
+from specstop.validation.policies import THRESHOLDS, with_interval
 
 __all__ = ["LADDER", "ladder"]
 
@@ -39,6 +40,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
 }
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NONE = "nothing (a constant)"
+TINY = 1e-6  # a probability or entropy nearer to 0, or a probability nearer to 1, counts as this far
 
 
 def ladder(
@@ -54,7 +56,7 @@ def ladder(
     first = None
     for name, inputs in {**LADDER, **TRAINED}.items():
         along, rolled = (_columns(trace, inputs, rollout) for rollout in (False, True))
-        if along is None or rolled is None or (name in TRAINED and not find_spec("realmodels.head_training")):
+        if along is None or rolled is None:
             lacking.append(name)
             continue
         if name in TRAINED:
@@ -68,8 +70,8 @@ def ladder(
         rows.append({
             "inputs": name,
             **_score(scored, base, level),
-            "throughput": _shown(ratio(tally.num_emitted, tally.time), len(test), level),
-            "over draft probability": None if tally is first else _shown(paired(tally, first), len(test), level),
+            "throughput": with_interval(ratio(tally.num_emitted, tally.time), len(test), level),
+            "over draft probability": None if tally is first else with_interval(paired(tally, first), len(test), level),
         })  # fmt: skip
     return {"question": "What do richer inputs of an acceptance head buy?", "answer": _sentence(rows, lacking),
             "rows": rows}  # fmt: skip
@@ -85,10 +87,9 @@ def _columns(trace: Trace, inputs: Sequence[str], rollout: bool) -> Float[np.nda
                 return None
             parts.append(np.asarray(values, dtype=float))
             continue
-        values = np.clip(position_signal(trace, name, rollout), 1e-6, None)
-        parts.append(
-            (np.log(values) - (np.log1p(1e-6 - np.minimum(values, 1.0)) if name != "entropy" else 0.0))[:, None]
-        )
+        values = np.maximum(position_signal(trace, name, rollout), TINY)
+        scale = 1.0 if name == "entropy" else 1.0 + TINY - np.minimum(values, 1.0)  # log of an entropy, else log-odds
+        parts.append(np.log(values / scale)[:, None])
     return np.concatenate(parts, axis=1)
 
 
@@ -150,29 +151,19 @@ def logistic(
     return minimize(loss, np.zeros(inputs.shape[1] + 1), jac=True, method="L-BFGS-B", options=options).x
 
 
-def _earned(trace: Trace, cost: Cost, train: np.ndarray, test: np.ndarray) -> Any:
+def _earned(trace: Trace, cost: Cost, train: np.ndarray, test: np.ndarray) -> Tally:
     """Sums by request of `rejection` on this head, its threshold the best on the training half."""
-    times, model = cost.round_times(trace.max_candidates), fit_signal(trace, "head", train)
-
-    def tally(threshold: str, requests: np.ndarray) -> Any:
-        text = f"rejection:{threshold},signal=head"
-        return replay_rounds(trace, text, cost=cost, model=model, requests=requests.tolist()).tally(times, requests)
-
-    earned = [tally(h, train) for h in THRESHOLDS]
-    return tally(THRESHOLDS[int(np.argmax([t.num_emitted.sum() / t.time.sum() for t in earned]))], test)
+    rules = [f"rejection:{h},signal=head" for h in THRESHOLDS]
+    return best_on(trace, rules, train, test, cost, fit_signal(trace, "head", train)).tally
 
 
 def _score(score: Any, base: Any, level: float) -> dict[str, Any]:
     count = len(score.num_tested)
     over = ratio(score.log_likelihood - base.log_likelihood, score.num_tested)
     return {
-        "log score per candidate": _shown(ratio(*score), count, level),
-        "over a constant": _shown(over, count, level),
+        "log score per candidate": with_interval(ratio(*score), count, level),
+        "over a constant": with_interval(over, count, level),
     }
-
-
-def _shown(estimate: Estimate, count: int, level: float) -> dict[str, Any]:
-    return {"value": estimate.value, "interval": list(interval(estimate, count, level))}
 
 
 def _sentence(rows: Sequence[dict[str, Any]], lacking: Sequence[str]) -> str:
@@ -194,5 +185,5 @@ def _sentence(rows: Sequence[dict[str, Any]], lacking: Sequence[str]) -> str:
             f"[{low:+.3f}, {high:+.3f}], {clear}."
         )
     if lacking:
-        text += f" Not tried, for want of hidden states along rollouts or of a trained head: {', '.join(lacking)}."
+        text += f" Not tried, for want of recorded hidden states: {', '.join(lacking)}."
     return text

@@ -10,7 +10,7 @@ the report, so that what differs is acceptance.
 *How do gains move with context length?* The same prompts alone and behind others, recorded anew; acceptance, measured
 times and gains of each.
 
-*What do richer inputs of a head buy?* `specstop.head_inputs`.
+*What do richer inputs of a head buy?* `specstop.validation.head_inputs`.
 
 Recordings are kept in `DIR/full`, answers in `DIR/stages`: a killed run goes on where it was.
 """
@@ -25,9 +25,10 @@ import numpy as np
 from mdp.cost import Cost
 from mdp.fit import fit_signal, split_requests
 from mdp.trace import Trace, load
-from simulate.estimate import Estimate, interval, paired, ratio
-from simulate.replay import measured_cost, replay_rounds
-from specstop.played import SIGNAL, THRESHOLDS, digest
+from simulate.estimate import Estimate, paired, ratio
+from simulate.quality import best_of, best_on, earned
+from simulate.replay import measured_cost
+from specstop.validation.policies import SIGNAL, THRESHOLDS, digest, with_interval
 
 __all__ = ["Sizes", "answer"]
 
@@ -64,10 +65,10 @@ QUICK = Sizes(num_prompts=8, max_new_tokens=16, num_long=6, contexts=(24,), turn
 
 def answer(work: Any, quick: bool) -> list[dict[str, Any]]:
     """All questions, in the order of the module docstring; a question that cannot be put says why."""
-    from specstop.head_inputs import ladder
+    from specstop.validation.head_inputs import ladder
 
     sizes = QUICK if quick else Sizes()
-    work.progress.total_units += work.progress.RECORDED * sizes.num_tokens
+    work.progress.expect(work.progress.RECORDED * sizes.num_tokens)
     key = digest(asdict(work.settings), asdict(sizes), work.cost.verify_times(work.trace.max_candidates),
                  work.cost.draft_time, work.trace.manifest["shards"])  # fmt: skip
     asked: dict[str, Callable[[], Any]] = {
@@ -107,7 +108,7 @@ def _thresholds(work: Any, sizes: Sizes) -> dict[str, Any]:
             for rule in RULES:
                 row = _own_and_common(trace, work.cost, rule, common, settings.level)
                 rows.append({"draft": draft, "prompts": source, "rule": rule,
-                             "acceptance": float(trace.manifest["mean_acceptance"])} | row)  # fmt: skip
+                             "acceptance": _acceptance(trace, settings.level)} | row)  # fmt: skip
     return {"question": "Does one threshold suit several pairs and prompt sets?",
             "answer": _one_threshold(rows, refused), "rows": rows}  # fmt: skip
 
@@ -117,31 +118,29 @@ def _own_and_common(trace: Trace, cost: Cost, rule: str, common: dict[str, str],
     train, test = split_requests(trace)
     model = fit_signal(trace, SIGNAL, train)
     pattern, grid = RULES[rule]
-    times = cost.round_times(trace.max_candidates)
-
-    def tally(text: str, requests: np.ndarray) -> Any:
-        reader = model if "signal" in text else None
-        return replay_rounds(trace, text, cost=cost, model=reader, requests=requests.tolist()).tally(times, requests)
-
-    def best(texts: Sequence[str]) -> int:
-        earned = [tally(text, train) for text in texts]
-        return int(np.argmax([sums.num_emitted.sum() / sums.time.sum() for sums in earned]))
-
-    own = grid[best([pattern.format(value) for value in grid])]
+    reader = model if "signal" in pattern else None
+    values = {pattern.format(value): value for value in grid}
+    own = values[best_of(trace, values, train, cost, reader).policy]
     shared = common.setdefault(rule, own)
-    length = best([f"fixed:{k}" for k in range(trace.max_candidates + 1)])
-    mine, theirs, fixed = (
-        tally(text, test) for text in (pattern.format(own), pattern.format(shared), f"fixed:{length}")
-    )
+    mine, theirs = (earned(trace, pattern.format(value), test, cost, reader).tally for value in (own, shared))
+    best_fixed = best_on(trace, [f"fixed:{k}" for k in range(trace.max_candidates + 1)], train, test, cost)
+    fixed = best_fixed.tally
     return {
         "own threshold": own,
         "common threshold": shared,
-        "own": _shown(ratio(mine.num_emitted, mine.time), len(test), level),
-        "common": _shown(ratio(theirs.num_emitted, theirs.time), len(test), level),
+        "own": with_interval(ratio(mine.num_emitted, mine.time), len(test), level),
+        "common": with_interval(ratio(theirs.num_emitted, theirs.time), len(test), level),
         "lost by the common one": _relative(mine, theirs, len(test), level),
-        "best fixed": f"fixed:{length}",
+        "best fixed": best_fixed.policy,
         "own over best fixed": _relative(mine, fixed, len(test), level, of_second=True),
     }
+
+
+def _acceptance(trace: Trace, level: float) -> dict[str, Any]:
+    """Mean probability that the draft's next token is accepted, over all positions of the recording."""
+    owner = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
+    sums = np.bincount(owner, weights=trace.features["step_accept_prob"].astype(float))
+    return with_interval(ratio(sums, np.diff(trace.offsets)), trace.num_requests, level)
 
 
 def _relative(first: Any, second: Any, count: int, level: float, of_second: bool = False) -> dict[str, Any]:
@@ -149,11 +148,7 @@ def _relative(first: Any, second: Any, count: int, level: float, of_second: bool
     whole = second if of_second else first
     scale = float(whole.num_emitted.sum() / whole.time.sum())
     difference = paired(first, second)
-    return _shown(Estimate(difference.value / scale, difference.se / scale), count, level)
-
-
-def _shown(estimate: Estimate, count: int, level: float) -> dict[str, Any]:
-    return {"value": estimate.value, "interval": list(interval(estimate, count, level))}
+    return with_interval(Estimate(difference.value / scale, difference.se / scale), count, level)
 
 
 def _one_threshold(rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> str:
@@ -176,7 +171,8 @@ def _one_threshold(rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> st
         )
     parts.append(
         "A threshold that was best on a few training requests is noise in part: a negative loss means that the common "
-        "one was the better one on the requests that judge."
+        "one was the better one on the requests that judge. All under the times of this report, so that cases differ "
+        "in acceptance alone; a draft that is really cheaper, as prompt lookup is, would earn more than shown."
     )
     if refused:
         parts.append(f"Not tried: {'; '.join(refused)}.")
@@ -262,14 +258,10 @@ def _of_context(trace: Trace, cost: Cost, prompts: Sequence[Sequence[int]], leve
     of_report = _own_and_common(trace, cost, "rejection", {}, level)
     times = measured_cost(trace)
     verify = times.verify_times(trace.max_candidates)
-    runs_of = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
-    acceptance = ratio(
-        np.bincount(runs_of, weights=trace.features["step_accept_prob"].astype(float)), np.diff(trace.offsets)
-    )
     own = _own_and_common(trace, times, "rejection", {}, level)
     return {
         "context": f"{np.mean([len(prompt) for prompt in prompts]):.0f} tokens",
-        "acceptance": _shown(acceptance, trace.num_requests, level),
+        "acceptance": _acceptance(trace, level),
         "V(4)/V(0), measured": float(verify[min(4, len(verify) - 1)] / verify[0]),
         "draft step/V(0), measured": float(times.draft_time / verify[0]),
         "V(0), s": float(verify[0]),

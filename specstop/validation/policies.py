@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,13 @@ from mdp.problem import StoppingProblem
 from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, paired, ratio
 from simulate.on_processes import RATES
-from simulate.replay import CHAIN_FIELDS, SIGNAL_FIELDS, check, fitted, replay_rounds
+from simulate.quality import best_of
+from simulate.replay import CHAIN_FIELDS, SIGNAL_FIELDS, TIME_FIELDS, check, fitted, replay_rounds
 
-__all__ = ["LiveRuns", "Ready", "choose", "compare", "digest", "make_ready", "measures", "replayed", "run_live"]
+__all__ = [
+    "LiveRuns", "Ready", "choose", "compare", "digest", "make_ready", "measures", "replayed", "run_live",
+    "with_interval",
+]  # fmt: skip
 
 SIGNAL = "draft_prob"
 THRESHOLDS = tuple(f"{h:.2f}" for h in np.arange(0.04, 0.961, 0.04))
@@ -56,6 +60,11 @@ class Ready:
     def scored(self) -> bool:
         """Whether a live run has to score every drafted token by the target to show what the rule reads."""
         return PERFECT in {self.model.signal if self.model else None, *entrants.needs(self.rule)}
+
+    @property
+    def timed(self) -> bool:
+        """Whether it reads times, or is told those of its rounds."""
+        return self.rule.timed or bool(entrants.needs(self.rule) & TIME_FIELDS)
 
 
 def make_ready(trace: Trace, texts: Sequence[str], cost: Cost, train: Int[np.ndarray, " R"]) -> list[Ready]:
@@ -97,15 +106,10 @@ def choose(trace: Trace, cost: Cost, train: Int[np.ndarray, " R"]) -> list[str]:
     The confidence rule's thresholds are the edges of the draft probability's bins: there the fitted chain says exactly
     what the rule does.
     """
-    times = cost.round_times(trace.max_candidates)
     model = fit_signal(trace, SIGNAL, train)
 
-    def best(texts: Sequence[str], reader: SignalModel | None = None) -> str:
-        earned = [
-            replay_rounds(trace, text, cost=cost, model=reader, requests=train.tolist()).tally(times, train)
-            for text in texts
-        ]
-        return texts[int(np.argmax([sums.num_emitted.sum() / sums.time.sum() for sums in earned]))]
+    def best(texts: Iterable[str], reader: SignalModel | None = None) -> str:
+        return best_of(trace, texts, train, cost, reader).policy
 
     edges = np.asarray(model.edges)
     return [
@@ -159,19 +163,21 @@ class LiveRuns:
 
 
 def run_live(
-    pair: Any, prompts: Sequence[Sequence[int]], ready: Ready, sampling: dict[str, Any],
+    pair: Any, prompts: Sequence[Sequence[int]], ready: Ready, cost: Cost, sampling: dict[str, Any],
     tell: Callable[[int], Any] = lambda tokens: None,
 ) -> LiveRuns:  # fmt: skip
-    """Decode every prompt live under the policy, one at a time; `tell` hears the tokens of each."""
+    """Decode every prompt live under the policy, one at a time; `tell` hears the tokens of each.
+
+    A rule that reads times is told those of `cost`, as in replay, or the two would play by different clocks.
+    """
     from realmodels.decode import decode
     from realmodels.streams import request_ids
 
-    estimator = ready.model
     rows, state = [], None
     most = sampling["max_candidates"]
     for prompt, request in zip(prompts, request_ids(prompts), strict=True):
-        run = decode(pair, prompt, ready.spec, **sampling, estimator=estimator, score=ready.scored, request=request,
-                     state=state if ready.rule.persists else None)  # fmt: skip
+        run = decode(pair, prompt, ready.spec, **sampling, estimator=ready.model, cost=cost, score=ready.scored,
+                     request=request, state=state if ready.rule.persists else None)  # fmt: skip
         state = run.state
         drafted = np.bincount([step.num_drafted for step in run.rounds], minlength=most + 1)
         counts = [
@@ -193,6 +199,11 @@ def measures(tally: Tally, level: float) -> dict[str, Any]:
         "throughput_se": found["throughput"].se,
         **{name: int(np.sum(getattr(tally, name))) for name in COUNTS},
     }
+
+
+def with_interval(estimate: Estimate, count: int, level: float) -> dict[str, Any]:
+    """A value and its interval over `count` requests."""
+    return {"value": estimate.value, "interval": list(interval(estimate, count, level))}
 
 
 def compare(first: Tally, second: Tally) -> dict[str, float]:

@@ -1,13 +1,11 @@
 """The stages of a validation, in their order; what each finds is there for the next."""
 
 import math
-import platform
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +16,26 @@ from mdp.trace import Trace
 from simulate.estimate import Estimate, interval, ratio
 from simulate.on_processes import Processes, predict, signal_of, with_ends
 from simulate.replay import measured_cost
-from specstop.played import LiveRuns, Ready, choose, compare, digest, make_ready, measures, replayed, run_live
-from specstop.scores import process_entries, training_scores
-
-if TYPE_CHECKING:
-    from specstop.validation import Progress, Settings, Stages
+from specstop.outcome import COST_RATIO, versions
+from specstop.validation.policies import (
+    LiveRuns,
+    Ready,
+    choose,
+    compare,
+    digest,
+    make_ready,
+    measures,
+    replayed,
+    run_live,
+)  # fmt: skip
+from specstop.validation.processes import process_entries, training_scores
+from specstop.validation.report import explain
+from specstop.validation.settings import Settings
+from specstop.validation.stages import Progress, Stages
 
 __all__ = ["Work", "drawn_prompts"]
 
-DECLARED = 0.22
-"""Time of a draft step in target calls where the draft takes the target's own time: that of SpecDec++'s pairs."""
-
+NUM_CHOSEN = 5  # policies that are chosen where none are named
 SIGNALS = ("draft_prob", "top_prob", "entropy", "token_accept_prob")
 
 
@@ -40,8 +47,10 @@ def drawn_prompts(vocab_size: int, count: int, seed: int) -> list[list[int]]:
 class Work:
     """What the stages hand on, in their order."""
 
-    def __init__(self, settings: "Settings", stages: "Stages", progress: "Progress", hidden: bool = False):
+    def __init__(self, settings: Settings, stages: Stages, progress: Progress, hidden: bool = False):
         self.settings, self.stages, self.progress, self.hidden = settings, stages, progress, hidden
+        self.num_tokens = settings.num_prompts * settings.max_new_tokens
+        self.progress.expect(NUM_CHOSEN * self.num_tokens / 2)
         self.seconds: dict[str, float] = {}
         self.entries: list[dict[str, Any]] = []
 
@@ -82,6 +91,7 @@ class Work:
             self.progress.tell(f"recording: {done} of {len(self.prompts)} requests", units)
 
         if held is None:
+            self.progress.expect(self.progress.RECORDED * self.num_tokens)
             held = record(self.pair, self.prompts, folder, **settings.sampling, batch_size=settings.batch_size,
                           shard_size=max(64, 4 * settings.batch_size), timing_repeats=settings.timing_repeats,
                           store_hidden=self.hidden, progress=tell)  # fmt: skip
@@ -95,13 +105,14 @@ class Work:
         self.train, self.test = split_requests(trace)
         self.origin = "declared"
         if cost is None and not measured and trace.manifest.get("draft_is_target_time"):
-            cost = Affine(draft_time=DECLARED, verify_time=1.0)
+            cost = Affine(draft_time=COST_RATIO, verify_time=1.0)
         if cost is None:
             cost, self.origin = measured_cost(trace), "measured"
         cost.verify_times(trace.max_candidates)  # a table that is too short is refused now
         self.cost = cost
         texts = choose(trace, cost, self.train) if policies is None else list(policies)
         self.ready = make_ready(trace, texts, cost, self.train)
+        self.progress.expect((len(self.ready) - NUM_CHOSEN) * self.num_tokens / 2)
         self.num_regimes, self.regime_scores = choose_regimes(trace, self.train)
         held = [name for name in SIGNALS if name in trace.rollout_features]
         self.fits = Processes.fit(trace, self.train, tuple(held), self.num_regimes, self.settings.groups,
@@ -147,7 +158,7 @@ class Work:
         for name in names:
             try:
                 good.append(predict(self.fits, name, ready.spec, ready.rule, self.cost, self.trace.max_candidates))
-            except (ValueError, KeyError) as error:  # a tree too large, times that a persistent process cannot have
+            except ValueError as error:  # a tree too large, times that a persistent process cannot have
                 bad.append({"process": name, "why": str(error)})
         entries = [prediction.to_dict(self.settings.level) for prediction in good]
         if not entries:
@@ -189,17 +200,16 @@ class Work:
             done += 1
             self.progress.tell(f"live, {ready.text}: {done} of {len(prompts)} requests", tokens)
 
-        key = digest(ready.text, vars(ready.rule), ready.model and ready.model.to_dict(), sampling, prompts,
+        times = [self.cost.draft_time, self.cost.verify_times(self.trace.max_candidates)] if ready.timed else []
+        key = digest(ready.text, vars(ready.rule), ready.model and ready.model.to_dict(), sampling, prompts, times,
                      dict(self.trace.manifest["models"]))  # fmt: skip
         runs = self.stages.get(
-            f"live-{key}", key, lambda: run_live(self.pair, prompts, ready, sampling, tell).to_dict()
+            f"live-{key}", key, lambda: run_live(self.pair, prompts, ready, self.cost, sampling, tell).to_dict()
         )
         return LiveRuns.from_dict(runs)
 
     def result(self) -> dict[str, Any]:
         """What `validation.json` holds, the open questions apart."""
-        from specstop.validation_report import explain
-
         manifest, cost = self.trace.manifest, self.cost
         for entry in self.entries:
             entry["differences"] = explain(entry)
@@ -222,7 +232,7 @@ class Work:
             "policies": self.entries,
             "half_widths": _half_widths(self.entries),
             "seconds": self.seconds,
-            "versions": _versions(),
+            "versions": versions(),
         }  # fmt: skip
 
 
@@ -266,13 +276,3 @@ class Timer:
 
     def __exit__(self, *error: object) -> None:
         self.work.seconds[self.name] = time.perf_counter() - self.start
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("specstop", "numpy", "scipy", "jax", "torch", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
