@@ -6,7 +6,7 @@ hidden states; times are those of `--cost`, or measured with the trace.
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,7 @@ def decode(args: Namespace) -> int:
     pair = load_pair_from(args)
     if trace is not None:
         pair.check_recorded(trace.manifest.get("models"), f"--trace: {args.trace}")
+        _check_sampled(trace, settings, args.trace)
     if head is not None and head.manifest.get("models"):  # a published head does not say whose states it reads
         pair.check_recorded(head.manifest["models"], f"--head: what {args.head} was trained on")
     if pair.tokenizer is None and args.prompts is None:
@@ -88,6 +89,17 @@ def decode(args: Namespace) -> int:
         rows = [{"request": str(r), **_counts(run.tally)} for r, run in enumerate(runs)]
         emit(table([*rows, {"request": "all", **_counts(total(runs))}]))
     return DONE
+
+
+def _check_sampled(trace: "Trace", settings: Mapping[str, Any], folder: str) -> None:
+    """Refuse a trace that was sampled otherwise: another law is accepted otherwise, and reads otherwise."""
+    recorded = {"top_p": 1.0, **(trace.manifest.get("sampling") or {})}
+    for name in ("temperature", "top_k", "top_p"):
+        if recorded.get(name, settings[name]) != settings[name]:
+            raise ValueError(
+                f"--trace: {folder} was recorded with {name} {recorded[name]}, not {settings[name]}; what it "
+                "calibrates would not hold here"
+            )
 
 
 def _wanted(spec: "PolicySpec") -> frozenset[str]:

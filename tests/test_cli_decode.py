@@ -68,6 +68,16 @@ def test_decode_calibrates_what_the_rule_reads_and_nothing_else(
     assert answer["policy"] == policy and answer["signal"] == signal and answer["num_emitted"] > 0
 
 
+@pytest.mark.parametrize(("flag", "value"), [("--temperature", 0.5), ("--top-p", 0.9)])
+def test_a_trace_that_was_sampled_otherwise_calibrates_nothing(run, speaking_tiny, spoken_trace, flag, value):
+    rule = ["--policy", "rejection:0.4,signal=entropy", "--trace", spoken_trace]
+    code, out, err = run(
+        "decode", "--target", speaking_tiny, "--draft", "rtn:group=8,bits=3", *rule, flag, value, *DECODE
+    )
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert f"was recorded with {flag[2:].replace('-', '_')} 1.0, not {value}" in err
+
+
 @pytest.mark.parametrize(
     ("policy", "message"),
     [

@@ -174,8 +174,8 @@ def _one_threshold(rows: Sequence[dict[str, Any]], refused: Sequence[str]) -> st
         "one was the better one on the requests that judge. All under the times of this report, so that cases differ "
         "in acceptance alone; a draft that is really cheaper, as prompt lookup is, would earn more than shown."
     )
-    if refused:
-        parts.append(f"Not tried: {'; '.join(refused)}.")
+    untried = [*refused, "a distilled draft (no recipe for one is run here)"]
+    parts.append(f"Not tried: {'; '.join(untried)}.")
     return " ".join(parts)
 
 
