@@ -144,7 +144,7 @@ def test_the_strategies_reach_what_they_promise():
             "large": finite.verify_time[0] > 1e3,
         }.items() if met)  # fmt: skip
 
-    settings(max_examples=100, database=None, derandomize=True)(look)()
+    settings(max_examples=300, database=None, derandomize=True)(look)()
     expected = {f"Z, K = {z}, {k}" for z, k in SHAPES}
     expected |= {"persistent", "renewal", "a = 0", "a = 1", "sparse", "dip", "step", "twins", "small", "large"}
     assert expected - seen == set()
