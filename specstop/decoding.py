@@ -91,7 +91,7 @@ def decode(args: Namespace) -> int:
     return DONE
 
 
-def _check_sampled(trace: "Trace", settings: Mapping[str, Any], folder: str) -> None:
+def _check_sampled(trace: "Trace", settings: Mapping[str, Any], folder: str | None) -> None:
     """Refuse a trace that was sampled otherwise: another law is accepted otherwise, and reads otherwise."""
     recorded = {"top_p": 1.0, **(trace.manifest.get("sampling") or {})}
     for name in ("temperature", "top_k", "top_p"):
