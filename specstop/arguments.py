@@ -179,8 +179,8 @@ def _traces(verb: Callable[..., Parser]) -> None:
     train.add_argument(
         "--prompts", default="human-eval", metavar="FILE.jsonl", help="published: those of the recording"
     )
-    train.add_argument("--target", metavar="T", help="published: default the trace's own")
-    train.add_argument("--draft", metavar="D", help="published: default the trace's own")
+    _pair(train, required=False)  # of the published variant; what is not typed is as the trace says
+    train.set_defaults(dtype=None)
     train.add_argument("--cost", metavar="COST", help="declared times, as in `replay`; measured ones are shown beside")
     train.add_argument("--seed", type=seed, default=0, help="default 0")
 
@@ -205,15 +205,18 @@ def _live(verb: Callable[..., Parser]) -> None:
     validate = verb(
         "validate", "check files; or predict, replay and run live the same policies on a pair, side by side",
         "With files: traces, problem files and files to import are checked, one line each, in order. With --out: the "
-        "report on a pair, one half of its requests training and the other one judging.",
+        "report on a pair (bundled and rtn:bits=4,group=64, or the one given), one half of its requests training and "
+        "the other one judging.",
     )  # fmt: skip
     validate.add_argument("paths", metavar="FILE_OR_DIR", nargs="*", help="what to check; all of it is read")
     validate.add_argument("--out", metavar="DIR", help="validation.json and report.md go there, and what was recorded")
-    validate.add_argument("--target", metavar="T", help="default bundled; as in `record`")
-    validate.add_argument("--draft", metavar="D", help="default rtn:bits=4,group=64; as in `record`")
+    _pair(validate, required=False)
+    validate.set_defaults(dtype=None, device=None)
     validate.add_argument(
         "--prompts", metavar="P", help="FILE.jsonl, or human-eval (default; a tiny pair draws its own)"
     )
+    _template(validate)
+    validate.set_defaults(template=None)
     validate.add_argument("--limit", type=whole_number(4, 10**9), help="use the first so many prompts (default 56)")
     validate.add_argument(
         "--trace", metavar="TRACE", help="a recorded trace of this pair and these prompts, used again"

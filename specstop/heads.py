@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from specstop import inputs
+from specstop.models import pair_options
 from specstop.output import emit, json_line, jsonable, key_values, table
 from specstop.traces import load_trace
 
@@ -117,7 +118,8 @@ def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
         if getattr(args, role) is None and not (isinstance(spec, str) and OURS.fullmatch(spec)):
             raise ValueError(f"--{role}: give it; {args.trace} names {spec!r:.60}, which is not read at its word")
         specs.append(getattr(args, role) or spec)
-    pair = load_pair(specs[0], specs[1], dtype=trace.manifest.get("dtype", "float32"))
+    options = pair_options(args) | {"target": specs[0], "draft": specs[1]}
+    pair = load_pair(**options | {"dtype": args.dtype or trace.manifest.get("dtype", "float32")})
     template = ((trace.manifest.get("prompts") or {}).get("template") or {}).get("name", "chat")
     prompts = head_data.prompts_of(trace, load_prompts(args.prompts, pair, template=template))
     return head_data.published_examples(pair, trace, prompts, train.tolist(), seed=args.seed)
@@ -257,11 +259,14 @@ def _text(rows: Sequence[Mapping[str, Any]], row: Mapping[str, Any], about: Mapp
     words = [f"kept in {out}: {row['variant']}, depth {row['depth']}, weight {row['weight']:g}, by KL on requests held "
              "back from training"]  # fmt: skip
     plain = about["baselines"]["draft_prob"]
-    better = row["kl_debiased"] < plain["kl"]
+    # Both are judged on the same requests, so the errors taken as independent are larger than their difference's.
+    more, error = row["kl_debiased"] - plain["kl"], float(np.hypot(row["kl_se_debiased"], plain["kl_se"]))
+    verdict = "this head predicts " + ("worse" if more > 0 else "better") if abs(more) > 2.0 * error else (
+        "these requests do not tell which predicts better")  # fmt: skip
     words.append(
         f"the drafted token's own probability, calibrated, has KL {plain['kl']:.3f} and AUROC {plain['auroc']:.3f}: "
-        + ("this head predicts better" if better else "this head predicts no better")
-        + f" (KL {row['kl_debiased']:.3f}, AUROC {row['auroc']:.3f})"
+        f"{verdict} (KL {row['kl_debiased']:.3f}, AUROC {row['auroc']:.3f}; KL differs by {more:.3f}, standard "
+        f"error at most {error:.2g})"
     )
     if best:
         clear = abs(row["gain"]) > 2.0 * row["gain_se"]

@@ -7,17 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from realmodels.pair import ModelPair
 
-__all__ = ["load_pair_from", "need", "pair_options", "sampling"]
+__all__ = ["LOADING", "load_pair_from", "need", "pair_options", "sampling"]
 
-OPTIONS = (
-    "target", "draft", "dtype", "device", "device_map", "quantise", "target_revision", "draft_revision",
-    "trust_remote_code",
-)  # fmt: skip
+LOADING = ("dtype", "device", "device_map", "quantise", "target_revision", "draft_revision", "trust_remote_code")
+"""How models are loaded, as arguments of `realmodels.pair.load_pair`."""
 
 
 def pair_options(args: Namespace) -> dict[str, Any]:
     """What was typed of `realmodels.pair.load_pair`'s arguments, plain values that another process can be sent."""
-    return {name: getattr(args, name) for name in OPTIONS}
+    return {name: getattr(args, name) for name in ("target", "draft", *LOADING)}
 
 
 def load_pair_from(args: Namespace) -> "ModelPair":

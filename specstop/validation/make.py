@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specstop.models import LOADING
 from specstop.output import emit, json_line, jsonable, write_file
 from specstop.validation.settings import PROFILES, Settings
 from specstop.validation.stages import Progress, Stages
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["validate", "validate_pair"]
 
 DONE = 0
-OPTIONS = ("target", "draft", "prompts", "limit", "trace", "policies", "cost", "out", "max_candidates",
-           "max_new_tokens", "temperature", "top_k", "seed", "level", "quick", "full")  # fmt: skip
+OPTIONS = ("target", "draft", "prompts", "template", "limit", "trace", "policies", "cost", "out", "max_candidates",
+           "max_new_tokens", "temperature", "top_k", "seed", "level", "quick", "full", *LOADING)  # fmt: skip
 """What is typed for the report and means nothing beside files."""
 
 
@@ -59,6 +60,7 @@ def run(args: Namespace) -> dict[str, Any]:
     target = args.target or "bundled"
     tiny = target.partition(":")[0] == "tiny"
     given = {"target": target, "draft": args.draft or ("tiny" if tiny else None), "prompts": args.prompts,
+             "template": args.template, "loading": {name: value for name in LOADING if (value := getattr(args, name))},
              "num_prompts": args.limit, "level": args.level,
              **{name: getattr(args, name) for name in ("max_candidates", "max_new_tokens", "temperature", "top_k",
                                                        "seed")}}  # fmt: skip

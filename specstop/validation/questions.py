@@ -98,7 +98,7 @@ def _thresholds(work: Any, sizes: Sizes) -> dict[str, Any]:
     refused, common = [], {}
     for draft in drafts_of(settings, work.pair.target.config.num_hidden_layers):
         try:
-            pair = work.pair if draft == settings.draft else load_pair(settings.target, draft)
+            pair = work.pair if draft == settings.draft else load_pair(settings.target, draft, **settings.loading)
         except ValueError as error:
             refused.append(f"{draft} ({error})")
             continue

