@@ -27,6 +27,9 @@ from specstop.paper import TOKENS_PER_SECOND
 GOLDEN = Path(__file__).parent / "golden" / "figures.json"
 CHEAP = ("phase",)
 CLOSE = {"rtol": 1e-4, "atol": 1e-7}  # the pair's laws are float32
+# The audit bins a signal at quantiles, and equal contexts give values equal but for rounding, which processors and
+# batches change: a few candidates change bins, and so the control variate a little. The intervals are 7 % wide.
+BINNED = {"rtol": 5e-3, "atol": 1e-7}
 
 
 def run(*words):
@@ -93,7 +96,8 @@ def check_golden(name, data):
     found = digest(data)
     assert list(found) == list(golden)
     for key, expected in golden.items():
-        np.testing.assert_allclose(found[key], expected, **CLOSE, err_msg=f"{name}: {key}")
+        close = BINNED if name == "information" and " pair " in key else CLOSE
+        np.testing.assert_allclose(found[key], expected, **close, err_msg=f"{name}: {key}")
 
 
 def test_figures_are_whole_and_golden(cheap):
