@@ -30,6 +30,7 @@ import numpy as np
 from mdp import entrants
 from mdp.policy import PolicySpec
 from mdp.problem import StoppingProblem, from_dict, parse_json, read_text
+from mdp.trace import atomic_write
 from simulate import cluster
 
 if TYPE_CHECKING:
@@ -182,7 +183,7 @@ def run(
     for index, result in _work(sweep, batches, missing, workers, scheduler, progress):
         done[index] = result
         if parts is not None:
-            _write(parts / f"{index:05d}.json", json.dumps(result))
+            atomic_write(parts / f"{index:05d}.json", json.dumps(result).encode())
     dataset = _dataset(sweep, [done[index] for index in range(len(batches))])
     if out is not None and parts is not None:
         draft = parts / "whole.nc"
@@ -291,7 +292,7 @@ def _parts(out: Path, sweep: Sweep, resume: bool) -> Path:
             raise ValueError(f"out: {parts} holds another sweep, or one begun with other versions; remove the folder")
         return parts
     parts.mkdir()
-    _write(parts / "sweep.json", same)
+    atomic_write(parts / "sweep.json", same.encode())
     return parts
 
 
@@ -308,13 +309,6 @@ def _finished(parts: Path, batches: list[range]) -> dict[int, list]:
             raise ValueError(f"out: {path} does not belong to this sweep; remove it")
         done[index] = result
     return done
-
-
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(text)
-    draft.replace(path)
 
 
 def _versions() -> dict[str, str]:

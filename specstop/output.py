@@ -56,11 +56,11 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
     from mdp.trace import atomic_write
 
-    atomic_write(path, text.encode())
+    atomic_write(path, content.encode() if isinstance(content, str) else content)
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:

@@ -13,8 +13,8 @@ from specstop.figures import heads, pair, published, summary, theory, times
 from specstop.figures.pages import write_pages
 from specstop.figures.recipe import Data, Recipe, Unavailable, origins
 from specstop.figures.sources import SOURCES
-from specstop.figures.store import Store, write
-from specstop.output import emit, json_line, table
+from specstop.figures.store import Store
+from specstop.output import emit, json_line, table, write_file
 
 __all__ = ["RECIPES", "figures", "make"]
 
@@ -103,8 +103,8 @@ def _draw(out: Path, data: Data) -> None:
 
     figure = draw(data)
     for suffix in PICTURES:
-        write(out / f"{data['name']}{suffix}", render(figure, suffix))
-    write(out / f"{data['name']}.csv", as_csv(data))
+        write_file(out / f"{data['name']}{suffix}", render(figure, suffix))
+    write_file(out / f"{data['name']}.csv", as_csv(data))
 
 
 def as_csv(data: Data) -> str:

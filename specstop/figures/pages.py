@@ -8,8 +8,8 @@ from pathlib import Path
 
 from specstop.figures.pair import PAIR
 from specstop.figures.recipe import ORIGINS, Data, origins
-from specstop.figures.store import write
 from specstop.figures.summary import COLUMNS, rows
+from specstop.output import write_file
 
 __all__ = ["write_pages"]
 
@@ -51,8 +51,8 @@ td small { color: var(--soft); white-space: nowrap; margin-left: .45rem; }
 
 def write_pages(out: Path, made: Sequence[Data], missing: Sequence[Mapping[str, str]]) -> None:
     """Both pages; `missing` are figures that could not be made, and why."""
-    write(out / "report.md", _markdown(made, missing))
-    write(out / "index.html", _html(out, made, missing))
+    write_file(out / "report.md", _markdown(made, missing))
+    write_file(out / "index.html", _html(out, made, missing))
 
 
 def _opening(made: Sequence[Data]) -> str:

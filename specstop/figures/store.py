@@ -7,7 +7,6 @@ same key is the same result. The code that draws and writes pages is in no key: 
 
 import hashlib
 import json
-import secrets
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from specstop.figures.recipe import Data, Recipe, Unavailable
-from specstop.output import jsonable
+from specstop.output import jsonable, write_file
 
 if TYPE_CHECKING:
     from mdp.trace import Trace
 
-__all__ = ["Source", "Store", "write"]
+__all__ = ["Source", "Store"]
 
 ROOT = Path(__file__).parents[2]
 CODE = ("mdp/**/*.py", "mdp/counterexamples/*.json", "simulate/*.py", "specstop/*.py", "specstop/figures/sources.py")
@@ -37,17 +36,6 @@ class Source(NamedTuple):
     uses: tuple[str, ...]
     compute: Callable[["Store"], Data]
     live: bool = False
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @cache
@@ -159,7 +147,7 @@ class Store:
             print(f"computing {name}", file=sys.stderr, flush=True)
         made = {"key": key, **jsonable(compute(self))}
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(made, allow_nan=False) + "\n")
+        write_file(path, json.dumps(made, allow_nan=False) + "\n")
         return made
 
 
