@@ -22,6 +22,7 @@ from specstop.traces import load_trace
 
 if TYPE_CHECKING:
     from mdp.cost import Cost
+    from mdp.fit import SignalModel
     from mdp.trace import Trace
     from realmodels.head import Head
     from realmodels.head_data import Examples
@@ -65,7 +66,7 @@ def train_head(args: Namespace) -> int:
     recipes = _recipes(args, variants)
     examples = {recipe.variant: _examples(args, trace, recipe) for recipe in recipes[:: len(recipes) // len(variants)]}
     judge = Judge(trace, cost)
-    heads, rows = _train_all(trace, recipes, examples, judge)
+    heads, rows, reliability = _train_all(trace, recipes, examples, judge)
     best = min(range(len(rows)), key=lambda i: rows[i]["validation_kl"])
     row = rows[best]
     metrics = jsonable({key: value for key, value in row.items() if key != "seconds"})
@@ -73,7 +74,7 @@ def train_head(args: Namespace) -> int:
     about = judge.about() | {"trace": str(args.trace), "seed": args.seed}
     grid = jsonable({
         "rows": rows, "chosen": {key: row[key] for key in ("variant", "depth", "weight")}, **about,
-        "reliability": [line for head in heads for line in judge.reliability(head)],
+        "reliability": reliability,
     })  # fmt: skip
     save_head(head, args.out, {"grid.json": grid} if args.grid else None)
     if args.json:
@@ -127,20 +128,23 @@ def _examples(args: Namespace, trace: "Trace", recipe: Any) -> "Examples":
 
 def _train_all(
     trace: "Trace", recipes: Sequence[Any], examples: Mapping[str, "Examples"], judge: "Judge"
-) -> tuple[list["Head"], list[dict[str, Any]]]:
+) -> tuple[list["Head"], list[dict[str, Any]], list[dict[str, Any]]]:
+    """The heads, a row each, and the rows of their reliability."""
     from tqdm.auto import tqdm
 
     from realmodels.head_training import train_head
 
-    heads, rows = [], []
+    heads, rows, reliability = [], [], []
     many = len(recipes) > 1
     for recipe in tqdm(recipes, desc="heads", unit="head", disable=None if many else True):
         start = time.perf_counter()
         head = train_head(trace, examples[recipe.variant], recipe, progress=False if many else None)
         seconds = time.perf_counter() - start
         heads.append(head)
-        rows.append(judge.row(head) | {"seconds": seconds})
-    return heads, rows
+        row, lines = judge.row(head)
+        rows.append(row | {"seconds": seconds})
+        reliability += lines
+    return heads, rows, reliability
 
 
 class Judge:
@@ -165,14 +169,15 @@ class Judge:
         fixed = [f"fixed:{k}" for k in range(trace.max_candidates + 1)]
         self.fixed = {name: best_on(trace, fixed, self.train, self.test, c) for name, c in self.costs.items()}
         for signal in BASELINES:
-            predicted = fit_signal(trace, signal, self.train).accept_prob(trace.features[signal])
-            figures = _figures(quality(*on_path(trace, self.test, predicted)))
-            self.baselines[signal] = figures | self._earned(trace, f"rejection:{{}},signal={signal}")
+            model = fit_signal(trace, signal, self.train)
+            figures = _figures(quality(*on_path(trace, self.test, model.accept_prob(trace.features[signal]))))
+            self.baselines[signal] = figures | self._earned(trace, f"rejection:{{}},signal={signal}", model)
 
-    def row(self, head: "Head") -> dict[str, Any]:
-        """Everything about one head; `gain` is over the best fixed length, both chosen on the training half."""
+    def row(self, head: "Head") -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Everything about one head, `gain` over the best fixed length, both chosen on the training half; and its
+        reliability, ten rows before and ten after de-biasing."""
         from realmodels.head import apply_head
-        from simulate.quality import on_path, quality
+        from simulate.quality import on_path, quality, reliability
 
         raw, debiased = (apply_head(head, self.trace, debias=debias) for debias in (False, True))
         shown = on_path(raw, self.test, raw.optional["head"])
@@ -182,27 +187,16 @@ class Judge:
         # the column is calibrated, and what comes late is shown late: the rule adds neither
         earned = self._earned(debiased, "specdecpp:threshold={},least=0,lag=0")
         training = head.manifest["training"]
-        return {
-            "variant": head.variant, "depth": head.module.num_layers, "weight": head.rejection_weight,
+        about = {"variant": head.variant, "depth": head.module.num_layers, "weight": head.rejection_weight}
+        lines = [about | {"debiased": debias} | line for debias, seen in ((False, shown), (True, mended))
+                 for line in reliability(*seen[:2])]  # fmt: skip
+        return about | {
             "inputs": list(head.inputs), **_figures(before),
             **{f"{key}_debiased": value for key, value in _figures(after).items() if not key.startswith("auroc")},
             "mean_predicted": float(shown[0].mean()), "mean_predicted_debiased": float(mended[0].mean()),
             "mean_true": float(shown[1].mean()), "validation_kl": validation.kl.value, **earned,
             "best_epoch": training["best_epoch"], "num_examples": training["num_examples"],
-        }  # fmt: skip
-
-    def reliability(self, head: "Head") -> list[dict[str, Any]]:
-        """Ten rows before and ten after de-biasing."""
-        from realmodels.head import apply_head
-        from simulate.quality import on_path, reliability
-
-        about = {"variant": head.variant, "depth": head.module.num_layers, "weight": head.rejection_weight}
-        lines = []
-        for debiased in (False, True):
-            scored = apply_head(head, self.trace, debias=debiased)
-            predicted, accepted, _ = on_path(scored, self.test, scored.optional["head"])
-            lines += [about | {"debiased": debiased} | line for line in reliability(predicted, accepted)]
-        return lines
+        }, lines  # fmt: skip
 
     def about(self) -> dict[str, Any]:
         """What every head is compared with."""
@@ -214,7 +208,7 @@ class Judge:
             "num_train_requests": len(self.train), "num_test_requests": len(self.test),
         }  # fmt: skip
 
-    def _earned(self, trace: "Trace", rule: str) -> dict[str, Any]:
+    def _earned(self, trace: "Trace", rule: str, model: "SignalModel | None" = None) -> dict[str, Any]:
         """What a rule earns under each cost, and its gain over the best fixed length; the first cost has no prefix."""
         from simulate.estimate import paired
         from simulate.quality import best_on
@@ -222,7 +216,7 @@ class Judge:
         thresholds = {rule.format(h): h for h in THRESHOLDS}
         out: dict[str, Any] = {} if self.costs else dict.fromkeys(("throughput", "throughput_se", "best_threshold"))
         for number, (name, cost) in enumerate(self.costs.items()):
-            best = best_on(trace, thresholds, self.train, self.test, cost)
+            best = best_on(trace, thresholds, self.train, self.test, cost, model)
             gain = paired(best.tally, self.fixed[name].tally)
             values = _plain(best) | {"best_threshold": thresholds[best.policy], "gain": gain.value, "gain_se": gain.se}
             del values["policy"]
