@@ -3,9 +3,9 @@
 import sys
 import time
 from argparse import Namespace
-from dataclasses import fields
 
 from specstop.arguments import build_parser
+from specstop.models import sampling
 from specstop.output import emit, json_line, key_values
 
 __all__ = ["record_logits"]
@@ -28,14 +28,13 @@ def record_logits(args: Namespace) -> int:
                 f"--{name.replace('_', '-')}: does not go with --logits, which holds text and laws already"
             )
     from realmodels.logits import record_logits
-    from realmodels.sampling import Sampling
 
     start = time.perf_counter()
-    names = {field.name for field in fields(Sampling)} - {"max_new_tokens"}
-    sampling = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    settings = sampling(args)
+    del settings["max_new_tokens"]  # the file's texts are as long as they are
     trace = record_logits(
         args.logits, args.out, impute=args.impute, max_requests=args.limit, store_tokens=not args.no_tokens,
-        progress=_bar() if sys.stderr.isatty() else None, **sampling,
+        progress=_bar() if sys.stderr.isatty() else None, **settings,
     )  # fmt: skip
     result = {
         "trace": args.out,
